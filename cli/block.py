@@ -1,0 +1,214 @@
+"""``rope-export block``: export one attention block, then prove it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import show
+from .options import json_option, provider_option
+
+# How the library's parameters are called here; error messages are translated with it.
+PARAMETERS = {
+    "hidden_size": "--hidden",
+    "num_heads": "--heads",
+    "num_kv_heads": "--kv-heads",
+    "head_dim": "--head-dim",
+    "max_seq_len": "--seq",
+    "rotary_dim": "--rotary-dim",
+    "dim": "--rotary-dim",
+    "theta": "--theta",
+    "layout": "--layout",
+    "target": "--target",
+    "dtype": "--dtype",
+    "providers": "--provider",
+    "provider": "--provider",
+    "batch": "--batch",
+    "static=True": "--static",
+}
+# Sizes no block has; beyond them a typing error is more likely than a model.
+_LONGEST, _WIDEST, _MOST_HEADS, _WIDEST_HEAD, _MOST_ROWS = 2**24, 2**20, 2**14, 2**14, 2**20
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  rope-export block --seq 4096
+  rope-export block --hidden 4096 --heads 32 --kv-heads 8 --theta 500000 --dtype float16
+  rope-export block --seq 8192 --target onnx --layout interleaved --out exported/standard"""
+)
+@click.option(
+    "--seq",
+    type=click.IntRange(1, _LONGEST),
+    default=4096,
+    show_default=True,
+    help="Longest sequence served.",
+)
+@click.option(
+    "--hidden",
+    type=click.IntRange(1, _WIDEST),
+    default=1024,
+    show_default=True,
+    help="Width of the residual stream.",
+)
+@click.option(
+    "--heads",
+    type=click.IntRange(1, _MOST_HEADS),
+    default=16,
+    show_default=True,
+    help="Query heads.",
+)
+@click.option(
+    "--kv-heads",
+    type=click.IntRange(1, _MOST_HEADS),
+    default=None,
+    help="Key and value heads: as --heads for multi-head, 1 for multi-query.  [default: --heads]",
+)
+@click.option(
+    "--head-dim",
+    type=click.IntRange(1, _WIDEST_HEAD),
+    default=None,
+    help="Width of one head.  [default: --hidden / --heads]",
+)
+@click.option("--theta", type=float, default=10000.0, show_default=True, help="Base of the RoPE.")
+@click.option(
+    "--rotary-dim",
+    type=click.IntRange(1, _WIDEST_HEAD),
+    default=None,
+    help="Rotated part of each head.  [default: --head-dim]",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["half", "interleaved"]),
+    default="half",
+    show_default=True,
+    help="Which channels are rotated together: half as in Llama, interleaved as in GPT-J.",
+)
+@click.option("--qkv-bias", is_flag=True, help="Biases on queries, keys and values.")
+@click.option("--no-causal", is_flag=True, help="Let every token see every other.")
+@click.option(
+    "--position-ids",
+    is_flag=True,
+    help="Take positions as an input [batch, sequence] instead of 0, 1, 2, …",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["ort", "onnx", "primitive"]),
+    default="ort",
+    show_default=True,
+    help="Operators: onnxruntime's fused ones, standard ONNX opset 23, or opset 18 arithmetic.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="Weights and activations.",
+)
+@provider_option(
+    "Make the graph for this provider and prove it there; repeatable.  [default: cpu, and proven "
+    "on CUDA too where it loads and has the operators]"
+)
+@click.option("--static", is_flag=True, help="One batch and length instead of dynamic ones.")
+@click.option(
+    "--batch",
+    type=click.IntRange(1, _MOST_ROWS),
+    default=None,
+    help="Rows of a static graph.  [default: 1]",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Random weights and inputs.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("exported/block"),
+    show_default=True,
+    help="Artifact folder; an earlier artifact there is replaced.",
+)
+@click.option("--no-validate", is_flag=True, help="Export without running the graph.")
+@json_option()
+def block(
+    *,
+    seq: int,
+    hidden: int,
+    heads: int,
+    kv_heads: int | None,
+    head_dim: int | None,
+    theta: float,
+    rotary_dim: int | None,
+    layout: str,
+    qkv_bias: bool,
+    no_causal: bool,
+    position_ids: bool,
+    target: str,
+    dtype: str,
+    providers: tuple[str, ...],
+    static: bool,
+    batch: int | None,
+    seed: int,
+    out: Path,
+    no_validate: bool,
+    as_json: bool,
+) -> None:
+    """Export an attention block with RoPE to ONNX and prove it equal to PyTorch.
+
+    Random weights are drawn from --seed. The graph is run by onnxruntime at shapes it was never
+    traced at and compared with eager PyTorch and with float64 truth.
+    """
+    steps = show.Steps()
+    if not no_validate:
+        from rope_export import runtime
+
+        for provider in providers:
+            runtime.require(provider)
+    if batch is not None and not static:
+        raise click.UsageError(f"--batch {batch} is for static graphs: give --static too")
+    steps("loading PyTorch")
+    from rope_export import artifact
+    from rope_export.export import export
+    from rope_export.synthetic import random_block
+
+    artifact.check_destination(out)
+    shape: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "theta": theta,
+        "rotary_dim": rotary_dim,
+        "layout": layout,
+        "max_seq_len": seq,
+        "causal": not no_causal,
+        "qkv_bias": qkv_bias,
+        "dtype": dtype,
+    }
+    attention = random_block(seed=seed, **shape)
+    result = export(
+        attention,
+        out,
+        target=target,
+        providers=providers or ("cpu",),
+        position_ids=position_ids,
+        static=static,
+        batch=batch or 1,
+        seed=seed,
+        validate=not no_validate,
+        validate_on=providers,
+        progress=steps,
+    )
+    report = result.report
+    if as_json:
+        show.print_json(report, out)
+    else:
+        show.print_report(report, out)
+        if report.passed:
+            click.echo(f"next: rope-export validate {out}  (on the machine it is deployed to)")
+    sys.exit(0 if no_validate or report.passed else 1)

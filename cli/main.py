@@ -1,0 +1,73 @@
+"""The command group, and the one place where errors become a line and an exit code."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import click
+
+from rope_export.errors import BadInputError, ExportError, ProviderUnavailableError
+
+from .block import PARAMETERS, block
+from .interrupts import clean_interrupts
+from .validate import validate
+
+_BAD_INPUT, _UNAVAILABLE, _FAILED = 2, 3, 1
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="rope-export", message="rope-export %(version)s")
+def main() -> None:
+    r"""Attention with rotary positions: from PyTorch to onnxruntime, with proof.
+
+    \b
+    Exit codes: 0 exported and proven, 1 a comparison failed, 2 bad usage or input,
+    3 a provider asked for by name cannot be used here.
+    """
+
+
+main.add_command(block)
+main.add_command(validate)
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    try:
+        with clean_interrupts():
+            code = main.main(arguments, prog_name="rope-export", standalone_mode=False)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "rope-export"
+        _say(f"{error.format_message()} (see {command} --help)")
+        code = _BAD_INPUT
+    except click.ClickException as error:
+        _say(error.format_message())
+        code = _BAD_INPUT
+    except (KeyboardInterrupt, click.Abort):
+        _say("interrupted; nothing was written")
+        code = 130
+    except ProviderUnavailableError as error:
+        _say(str(error))
+        code = _UNAVAILABLE
+    except ExportError as error:
+        _say(str(error))
+        code = _FAILED
+    except BadInputError as error:
+        _say(_in_options(str(error)))
+        code = _BAD_INPUT
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"{where}{error.strerror or error}; nothing was written")
+        code = _BAD_INPUT
+    sys.exit(code)
+
+
+def _say(message: str) -> None:
+    click.echo(f"rope-export: error: {' '.join(message.split())}", err=True)
+
+
+def _in_options(message: str) -> str:
+    """Speak of options where the library speaks of parameters."""
+    for parameter, option in PARAMETERS.items():
+        message = re.sub(rf"(?<![\w.'-]){parameter}(?![\w.'=-])", option, message)
+    return message

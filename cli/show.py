@@ -1,0 +1,114 @@
+"""What the user sees: steps on stderr while it runs, the verdict on stdout at the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from rope_export.report import Report
+
+
+class Steps:
+    """Prints each step with the time since the start on stderr."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def __call__(self, message: str) -> None:
+        """Print one step."""
+        click.echo(f"{time.monotonic() - self._start:7.1f} s  {message}", err=True)
+
+
+def print_json(report: Report, path: Path) -> None:
+    """Print the report as one JSON document."""
+    document: dict[str, Any] = {"path": str(path), **report.to_json()}
+    click.echo(json.dumps(document, indent=2, allow_nan=False))
+
+
+def print_report(report: Report, path: Path) -> None:
+    """Print graph, providers, limits and verdict as a short table."""
+    graph = report.graph
+    rows = [
+        ("artifact", f"{path}  ({_files(path)})"),
+        (
+            "graph",
+            f"{graph['target']}, opset {graph['opset']}, {graph['dtype']}, "
+            f"made for {' and '.join(graph['providers'])}",
+        ),
+        ("operators", _operators(graph["ops"])),
+        ("rotation", graph["rotation"]),
+    ]
+    rows += [("passed over", reason) for reason in graph["passed_over"]]
+    for label, text in rows:
+        click.echo(f"{label:<12} {text}")
+    if report.validated:
+        click.echo()
+        _print_providers(report)
+    for note in report.notes:
+        click.echo(f"note         {note}")
+    click.echo()
+    click.echo(_verdict(report))
+
+
+def _print_providers(report: Report) -> None:
+    click.echo(
+        f"{'provider':<12} {'worst case':<28} {'error':>9} {'eager':>9} {'tolerance':>9}  nodes"
+    )
+    for name, status in report.providers.items():
+        worst = report.worst(name)
+        if worst is None or status.status != "ok":
+            click.echo(f"{name:<12} {status.status}: {status.reason}")
+            continue
+        shape = f"{worst.name} [{worst.batch}, {worst.sequence}]"
+        placed = ", ".join(f"{count} on {ep}" for ep, count in status.nodes.items())
+        click.echo(
+            f"{name:<12} {shape:<28} {worst.errors.rel:>9.1e} {worst.eager.rel:>9.1e} "
+            f"{worst.tolerance.rel:>9.1e}  {placed}"
+        )
+    for case in report.cases:
+        if not case.passed:
+            why = case.reason or (
+                f"error {case.errors.rel:.1e} (tolerance {case.tolerance.rel:.1e}), worst row "
+                f"{case.errors.row:.1e} (tolerance {case.tolerance.row:.1e})"
+            )
+            click.echo(
+                f"FAILED       {case.provider}: {case.name} [{case.batch}, {case.sequence}]: {why}"
+            )
+
+
+def _verdict(report: Report) -> str:
+    if not report.validated:
+        return "NOT VALIDATED: exported, but never run"
+    ran = [name for name, status in report.providers.items() if status.status == "ok"]
+    if report.passed:
+        return (
+            f"PASSED: {len(report.cases)} comparisons with float64 truth and eager PyTorch "
+            f"on {' and '.join(ran)}"
+        )
+    return "FAILED: the graph does not agree with the PyTorch block it was exported from"
+
+
+def _operators(ops: dict[str, int]) -> str:
+    fused = {name: n for name, n in ops.items() if "::" in name or name in _NOTABLE}
+    other = sum(ops.values()) - sum(fused.values())
+    listed = [f"{n} {name}" if n > 1 else name for name, n in reversed(fused.items())]
+    return " + ".join([*listed, f"{other} shape and elementwise"] if other else listed)
+
+
+_NOTABLE = {"Attention", "RotaryEmbedding", "MatMul", "Softmax"}
+
+
+def _files(path: Path) -> str:
+    vectors = list(path.glob("test_data_set_*/*.pb"))
+    model = list(path.glob("model.onnx*"))
+    count = len({file.parent for file in vectors})
+    return f"model {_size(model)}, {count} test vectors {_size(vectors)}"
+
+
+def _size(files: list[Path]) -> str:
+    return f"{sum(file.stat().st_size for file in files) / 2**20:.1f} MiB"

@@ -1,0 +1,52 @@
+"""Attention with rotary position embeddings, from PyTorch training to onnxruntime, with proof.
+
+Names are imported when they are first used: what runs on a deployment machine (`replay`) needs
+no PyTorch there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rope_export.attention import Attention as Attention
+    from rope_export.errors import BadInputError as BadInputError
+    from rope_export.errors import ExportError as ExportError
+    from rope_export.errors import ProviderUnavailableError as ProviderUnavailableError
+    from rope_export.errors import RopeExportError as RopeExportError
+    from rope_export.export import ExportResult as ExportResult
+    from rope_export.export import export as export
+    from rope_export.report import Report as Report
+    from rope_export.rotary import RotaryEmbedding as RotaryEmbedding
+    from rope_export.trial import replay as replay
+    from rope_export.validate import validate as validate
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Attention": "attention",
+    "BadInputError": "errors",
+    "ExportError": "errors",
+    "ExportResult": "export",
+    "ProviderUnavailableError": "errors",
+    "Report": "report",
+    "RopeExportError": "errors",
+    "RotaryEmbedding": "rotary",
+    "export": "export",
+    "replay": "trial",
+    "validate": "validate",
+}
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

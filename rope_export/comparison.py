@@ -1,0 +1,68 @@
+"""Errors and tolerances: the arithmetic of the verdict, in numpy alone."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+# Half the spacing of numbers near one: the largest error of one rounding.
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
+# A provider may round differently from eager PyTorch, not worse: twice its error. Added are half of
+# one rounding to the dtype, for blocks whose eager result happens to be exact, and what two
+# float32 accumulations of the same products in different orders differ by.
+_FACTOR = 2.0
+_ROUNDINGS = 0.5
+_ACCUMULATION = 0.25 * UNIT_ROUNDOFF["float32"]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distances between an output and its truth.
+
+    Attributes:
+        rel: relative L2 over the whole output.
+        row: the largest relative L2 of one token's output, so that one wrong row in thousands
+            cannot hide.
+        max_abs: the largest absolute difference (0 in a tolerance: not judged).
+    """
+
+    rel: float
+    row: float
+    max_abs: float
+
+    def within(self, tolerance: Errors) -> bool:
+        """Whether both relative errors are at most the tolerance's; NaN is not."""
+        return self.rel <= tolerance.rel and self.row <= tolerance.row
+
+
+def errors_against(truth: npt.NDArray[np.float64], output: npt.ArrayLike) -> Errors:
+    """Compare ``output`` with ``truth``, both ``[..., tokens, width]``.
+
+    Anything that is not finite is infinitely wrong.
+    """
+    difference = np.asarray(output, dtype=np.float64) - truth
+    if not np.isfinite(difference).all():
+        return Errors(math.inf, math.inf, math.inf)
+    token_norm = np.linalg.norm(truth, axis=-1)
+    token_error = np.linalg.norm(difference, axis=-1)
+    tiny = np.finfo(np.float64).tiny
+    return Errors(
+        rel=float(np.linalg.norm(difference) / max(float(np.linalg.norm(truth)), tiny)),
+        row=float((token_error / np.maximum(token_norm, tiny)).max(initial=0.0)),
+        max_abs=float(np.abs(difference).max(initial=0.0)),
+    )
+
+
+def tolerance(eager: Errors, dtype: str, products: int) -> Errors:
+    """What a provider is held to.
+
+    Args:
+        eager: eager PyTorch's own errors on the same case.
+        dtype: of weights and activations.
+        products: length of the longest sum of products in the block.
+    """
+    floor = _ROUNDINGS * UNIT_ROUNDOFF[dtype] + _ACCUMULATION * math.sqrt(products)
+    return Errors(_FACTOR * eager.rel + floor, _FACTOR * eager.row + floor, 0.0)

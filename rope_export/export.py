@@ -1,0 +1,309 @@
+"""`export`: from an attention block to an artifact on disk."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import rope_export
+from rope_export import artifact, graph, runtime
+from rope_export.attention import Attention
+from rope_export.cases import TRACED_BATCH, TRACED_LENGTH
+from rope_export.errors import ExportError
+from rope_export.lowering import lowering_to, rules
+from rope_export.lowering.target import Target
+from rope_export.plan import Plan
+from rope_export.report import Report
+from rope_export.trial import OUTPUT, Progress, Trial, silent
+from rope_export.validate import make_trials, prove
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# onnxruntime indexes batches with 32 bits.
+_MAX_BATCH = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was exported.
+
+    Attributes:
+        path: the artifact's folder.
+        graph: target, operators, form chosen and why, as the report has it.
+        notes: limits of the stored vectors and of the proof, in plain words.
+        report: the proof; ``report.validated`` is False if it was not asked for.
+    """
+
+    path: Path
+    graph: dict[str, Any]
+    notes: tuple[str, ...]
+    report: Report
+
+    @property
+    def ops(self) -> dict[str, int]:
+        """Operators of the graph and how often each occurs, as ``domain::name``."""
+        return dict(self.graph["ops"])
+
+    @property
+    def model(self) -> Path:
+        """The ONNX file."""
+        return self.path / artifact.MODEL
+
+
+def export(
+    block: Attention,
+    path: str | Path,
+    *,
+    target: str = "ort",
+    providers: Sequence[str] = ("cpu",),
+    max_seq_len: int | None = None,
+    position_ids: bool = False,
+    static: bool = False,
+    batch: int = 1,
+    seed: int = 0,
+    validate: bool = False,
+    validate_on: Sequence[str] = (),
+    options: dict[str, Any] | None = None,
+    progress: Progress = silent,
+) -> ExportResult:
+    """Export an attention block to ONNX, with test vectors, as one folder that appears whole.
+
+    Args:
+        block: what to export; its dtype is the graph's.
+        path: the artifact's folder; an earlier artifact there is replaced.
+        target: ``"ort"`` (onnxruntime's fused operators), ``"onnx"`` (standard opset 23) or
+            ``"primitive"`` (opset 18 arithmetic).
+        providers: the execution providers the graph must be legal on.
+        max_seq_len: longest sequence served (default: the table of ``block.rope``, or 4096).
+        position_ids: whether positions are a graph input ``[batch, sequence]``.
+        static: one batch and length instead of dynamic ones.
+        batch: rows of a static graph.
+        seed: of the inputs of the test vectors.
+        validate: prove the graph before it takes its place, and keep the report in
+            ``ExportResult.report``.
+        validate_on: providers that must load for the proof; without any, those the graph was made
+            for are run where they load, and CUDA where it loads and has the operators.
+        options: the caller's own options, kept in ``config.json``.
+        progress: told what is being done.
+
+    Returns:
+        where the artifact is and what it holds.
+
+    Raises:
+        BadInputError: an argument is not acceptable, or no operator is legal; nothing is written.
+        ExportError: an axis that was to be dynamic came out narrower; nothing is written.
+        ProviderUnavailableError: validation was asked for and a provider does not load; nothing is
+            written.
+    """
+    plan = Plan.checked(
+        block,
+        target=target,
+        providers=providers,
+        max_seq_len=max_seq_len,
+        position_ids=position_ids,
+        static=static,
+        batch=batch,
+        seed=seed,
+    )
+    if validate:
+        for provider in validate_on:
+            runtime.require(provider)
+    was_training = block.training
+    block.eval()
+    try:
+        with artifact.staged(Path(path)) as folder:
+            progress(f"tracing and lowering to {target}")
+            model, choice = build_model(block, plan)
+            graph.save(model, folder)
+            trials, notes = make_trials(block, plan, progress)
+            vectors = _store(folder, trials)
+            description = {
+                "name": Path(path).name,
+                "target": plan.target,
+                "dtype": plan.dtype,
+                "providers": list(plan.providers),
+                "runs_on": plan.runs_on(block),
+                "attention": choice.form.attention.removeprefix("::"),
+                "rotation": rotation_name(choice),
+                "passed_over": list(choice.reasons),
+                **graph.description(model, folder),
+            }
+            config = {
+                "format": artifact.FORMAT,
+                "block": describe_block(block),
+                "export": plan.to_json(),
+                "options": options or {},
+                "graph": description,
+                "notes": notes,
+                "test_vectors": [artifact.vector_entry(vector) for vector in vectors],
+                "versions": {"rope_export": rope_export.__version__, "torch": torch.__version__},
+                "files": artifact.digests(folder),
+            }
+            artifact.write_json(folder / artifact.CONFIG, config)
+            if validate:
+                report = prove(block, folder, plan, trials, named=validate_on, progress=progress)
+            else:
+                environment = runtime.environment()
+                report = Report(
+                    {}, (), description, environment, notes=tuple(notes), validated=False
+                )
+            report.write(folder)
+    finally:
+        block.train(was_training)
+    return ExportResult(Path(path), description, tuple(notes), report)
+
+
+def build_model(block: Attention, plan: Plan) -> tuple[ir.Model, rules.Choice]:
+    """Trace, check the axes, lower and tidy.
+
+    Raises:
+        ExportError: an axis that was to be dynamic came out fixed or with a narrower range.
+    """
+    target = Target(plan.target, plan.providers)
+    length = min(TRACED_LENGTH, plan.longest)
+    shape = (plan.batch, plan.longest) if plan.static else (TRACED_BATCH, length)
+    axes: list[str | int] = ["batch", "sequence"]
+    ranges = {"batch": _MAX_BATCH, "sequence": plan.longest}
+    if plan.static:
+        axes = [plan.batch, plan.longest]
+    elif plan.longest == 1:
+        axes = ["batch", 1]
+    dims = {
+        index: torch.export.Dim(axis, min=1, max=ranges[axis])
+        for index, axis in enumerate(axes)
+        if isinstance(axis, str)
+    }
+    weight = block.q_proj.weight
+    hidden_states = torch.zeros(*shape, block.hidden_size, dtype=weight.dtype, device=weight.device)
+    keywords = {}
+    if plan.position_ids:
+        keywords["position_ids"] = torch.zeros(shape, dtype=torch.int64, device=weight.device)
+    names = ["hidden_states", *keywords]
+    with _quiet_torch(), torch.no_grad(), lowering_to(target):
+        try:
+            program = torch.export.export(
+                block,
+                (hidden_states,),
+                keywords,
+                dynamic_shapes=dict.fromkeys(names, dims),
+                strict=False,
+            )
+        except torch._dynamo.exc.UserError as error:
+            raise ExportError(
+                f"torch.export narrowed an axis: {str(error).splitlines()[0]}"
+            ) from error
+        check_ranges(program, names, {i: ranges[str(axes[i])] for i in dims})
+        converted = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=rules.OPSETS[plan.target],
+            optimize=False,
+            verbose=False,
+        )
+    assert converted is not None  # dynamo=True without a file
+    model: ir.Model = converted.model
+    interface: dict[str, list[str | int]] = {"hidden_states": [*axes, block.hidden_size]}
+    if plan.position_ids:
+        interface["position_ids"] = list(axes)
+    graph.tidy(model, interface, {OUTPUT: [*axes, block.hidden_size]})
+    (choice,) = target.choices
+    return model, choice
+
+
+def check_ranges(
+    program: torch.export.ExportedProgram, names: Sequence[str], largest: dict[int, int]
+) -> None:
+    """Check that every axis asked to be dynamic still takes every size from 1 up.
+
+    Args:
+        program: the traced program.
+        names: its inputs.
+        largest: for every dynamic axis, the largest size asked for.
+
+    Raises:
+        ExportError: an axis came out fixed or with a narrower range.
+    """
+    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    for name in names:
+        for axis, largest_size in largest.items():
+            size = nodes[name].meta["val"].shape[axis]
+            if not isinstance(size, torch.SymInt):
+                raise ExportError(f"axis {axis} of {name} was to be dynamic and came out as {size}")
+            served = program.range_constraints[size.node.expr]
+            if served.lower > 1 or served.upper < largest_size:
+                raise ExportError(
+                    f"axis {axis} of {name} was to serve 1 … {largest_size} "
+                    f"and came out as {served.lower} … {served.upper}"
+                )
+
+
+def rotation_name(choice: rules.Choice) -> str:
+    """Where the rotation happens, as the report has it."""
+    if choice.form.rotation is None:
+        return f"inside {choice.form.attention}"
+    return choice.form.rotation.removeprefix("::")
+
+
+def describe_block(block: Attention) -> dict[str, Any]:
+    """Shape, variant and RoPE of a block, as ``config.json`` has them."""
+    rope = block.rope
+    return {
+        "hidden_size": block.hidden_size,
+        "num_heads": block.num_heads,
+        "num_kv_heads": block.num_kv_heads,
+        "head_dim": block.head_dim,
+        "causal": block.causal,
+        "scale": block.scale,
+        "qkv_bias": block.q_proj.bias is not None,
+        "out_bias": block.o_proj.bias is not None,
+        "rope": None
+        if rope is None
+        else {
+            "dim": rope.dim,
+            "theta": rope.theta,
+            "layout": rope.layout,
+            "max_seq_len": rope.max_seq_len,
+        },
+    }
+
+
+def _store(folder: Path, trials: list[Trial]) -> list[artifact.Vector]:
+    vectors: list[artifact.Vector] = []
+    for trial in trials:
+        if not trial.stored:
+            continue
+        vector = artifact.Vector(
+            name=trial.name,
+            folder=f"{artifact.VECTORS}{len(vectors)}",
+            batch=trial.batch,
+            sequence=trial.sequence,
+            past=trial.past,
+            eager=trial.eager,
+            tolerance=trial.tolerance,
+        )
+        dtype = trial.inputs["hidden_states"].dtype
+        artifact.write_vector(folder, vector, trial.inputs, {OUTPUT: trial.truth.astype(dtype)})
+        vectors.append(vector)
+    return vectors
+
+
+@contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Silence the exporter's chatter (missing torchvision, deprecations); errors still raise."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

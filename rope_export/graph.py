@@ -1,0 +1,136 @@
+"""ONNX graphs: from torch.export's to one that is clean, named, reproducible and on disk."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import onnx_ir.passes.common as common_passes
+from onnxscript import optimizer
+
+import rope_export
+from rope_export import artifact
+from rope_export.errors import ExportError
+
+# Larger weights go into a file of their own; protobuf itself ends at 2 GiB.
+_EXTERNAL_BYTES = 128 * 2**20
+_NO_LIMIT = 1 << 62
+Axes = Sequence[str | int]
+
+
+def tidy(model: ir.Model, inputs: Mapping[str, Axes], outputs: Mapping[str, Axes]) -> None:
+    """Fold constants, name everything by what it is, and drop what points to this machine.
+
+    Args:
+        model: changed in place.
+        inputs: axes of every graph input, symbolic ones by name.
+        outputs: axes of every graph output, in order.
+
+    Raises:
+        ExportError: a graph input or output does not have the axes asked for.
+    """
+    sources = _weight_names(model)
+    optimizer.optimize(model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT)
+    common_passes.ClearMetadataAndDocStringPass()(model)
+    _name_interface(model, inputs, outputs)
+    _name_inside(model, sources)
+    model.producer_name = "rope-export"
+    model.producer_version = rope_export.__version__
+    model.graph.name = "attention"
+
+
+def _weight_names(model: ir.Model) -> dict[str, str]:
+    """Names of values computed from weights alone, from the weights they are made of."""
+    names = {name: name for name in model.graph.initializers if name is not None}
+    for node in model.graph:
+        origins = [names.get(value.name or "") for value in node.inputs if value is not None]
+        weights = [origin for origin in origins if origin is not None and "." in origin]
+        if weights and len(weights) == len(origins):
+            for output in node.outputs:
+                names[output.name or ""] = _joined(weights)
+    return names
+
+
+def _joined(names: list[str]) -> str:
+    """``q_proj.weight``, ``k_proj.weight``, … become ``q_proj+k_proj+….weight``."""
+    if len(names) == 1:
+        return names[0]
+    stems, suffixes = zip(*(name.rsplit(".", 1) for name in names), strict=True)
+    return f"{'+'.join(stems)}.{suffixes[0]}" if len(set(suffixes)) == 1 else "+".join(names)
+
+
+def _name_interface(
+    model: ir.Model, inputs: Mapping[str, Axes], outputs: Mapping[str, Axes]
+) -> None:
+    for values, wanted in ((model.graph.inputs, inputs), (model.graph.outputs, outputs)):
+        if len(values) != len(wanted):
+            raise ExportError(f"the graph has {len(values)} inputs or outputs, not {len(wanted)}")
+        for value, (name, axes) in zip(values, wanted.items(), strict=True):
+            got = list(value.shape) if value.shape is not None else []
+            fits = len(got) == len(axes) and all(
+                isinstance(axis, str) != isinstance(size, int)
+                and (isinstance(axis, str) or axis == size)
+                for size, axis in zip(got, axes, strict=True)
+            )
+            if not fits:
+                raise ExportError(f"{name} came out as {got}, asked for {list(axes)}")
+            value.name = name
+            value.shape = ir.Shape(axes)
+
+
+def _name_inside(model: ir.Model, sources: Mapping[str, str]) -> None:
+    taken: Counter[str] = Counter()
+    for value in list(model.graph.initializers.values()):
+        old = value.name or ""
+        name = sources.get(old, old)
+        if "." not in name:
+            name = "constant"
+        taken[name] += 1
+        if taken[name] > 1 or name == "constant":
+            name = f"{name}_{taken[name]}"
+        value.name = name
+    interface = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
+    counts: Counter[str] = Counter()
+    for node in model.graph:
+        counts[node.op_type] += 1
+        node.name = f"{node.op_type}_{counts[node.op_type]}"
+        for index, value in enumerate(node.outputs):
+            if id(value) in interface:
+                continue
+            value.name = node.name if index == 0 else f"{node.name}_{index}"
+            # Shapes in between speak of the tracer's symbols; runtimes infer their own.
+            value.shape, value.type = None, None
+
+
+def operators(model: ir.Model) -> dict[str, int]:
+    """How often each operator occurs, as ``domain::name`` ("" for ONNX's own domain left out)."""
+    counts = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph)
+    return dict(sorted(counts.items()))
+
+
+def save(model: ir.Model, folder: Path) -> None:
+    """Write ``model.onnx``, and ``model.onnx.data`` beside it when the weights are large."""
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    external = artifact.WEIGHTS if size > _EXTERNAL_BYTES else None
+    path = folder / artifact.MODEL
+    ir.save(model, path, external_data=external)
+    onnx.checker.check_model(str(path))
+
+
+def description(model: ir.Model, folder: Path) -> dict[str, Any]:
+    """The graph's own part of the report."""
+    return {
+        "opset": model.opset_imports[""],
+        "ir_version": model.ir_version,
+        "ops": operators(model),
+        "sha256": artifact.sha256(folder / artifact.MODEL),
+        "bytes": sum(
+            file.stat().st_size
+            for name in (artifact.MODEL, artifact.WEIGHTS)
+            if (file := folder / name).exists()
+        ),
+    }

@@ -1,0 +1,35 @@
+"""Lowering: from our modules to the operators of an export target.
+
+A module asks `active()` whether it is being exported to a target; if so it hands its tensors to
+that target, else it runs plain PyTorch. One file per target emits operators, `rules` says which
+operator is legal where, and why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from rope_export.lowering.target import Target
+
+_active: Target | None = None
+
+
+def active() -> Target | None:
+    """Return the target being exported to, or None in eager, compiled and foreign exports."""
+    return _active if torch.compiler.is_exporting() else None
+
+
+@contextmanager
+def lowering_to(target: Target) -> Iterator[Target]:
+    """Make every module of this package lower to ``target`` while it is being exported."""
+    global _active
+    previous, _active = _active, target
+    try:
+        yield target
+    finally:
+        _active = previous

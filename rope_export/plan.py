@@ -1,0 +1,124 @@
+"""`Plan`: an export request, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rope_export.attention import Attention
+from rope_export.errors import BadInputError
+from rope_export.lowering import rules
+
+_DEFAULT_LONGEST = 4096
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is exported, for where, and over which shapes.
+
+    Attributes:
+        target: one of `rules.TARGETS`.
+        providers: providers the graph must be legal on.
+        dtype: of weights and activations.
+        longest: longest sequence served.
+        position_ids: whether positions are a graph input.
+        static: one batch and length instead of dynamic ones.
+        batch: rows of a static graph.
+        seed: of the inputs of the proof.
+    """
+
+    target: str
+    providers: tuple[str, ...]
+    dtype: str
+    longest: int
+    position_ids: bool
+    static: bool
+    batch: int
+    seed: int
+
+    @classmethod
+    def checked(
+        cls,
+        block: Attention,
+        *,
+        target: str,
+        providers: Sequence[str],
+        max_seq_len: int | None,
+        position_ids: bool,
+        static: bool,
+        batch: int,
+        seed: int,
+    ) -> Plan:
+        """Check a request against the block.
+
+        Raises:
+            BadInputError: an argument is not acceptable.
+        """
+        if target not in rules.TARGETS:
+            raise BadInputError(f"target must be one of {', '.join(rules.TARGETS)}, got {target!r}")
+        chosen = tuple(dict.fromkeys([providers] if isinstance(providers, str) else providers))
+        unknown = [p for p in chosen if p not in rules.PROVIDERS]
+        if unknown or not chosen:
+            got = repr(unknown[0]) if unknown else "none"
+            raise BadInputError(
+                f"providers must be some of {', '.join(rules.PROVIDERS)}, got {got}"
+            )
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in block.parameters()}
+        if len(dtypes) != 1 or not dtypes <= set(rules.DTYPES):
+            raise BadInputError(
+                f"all weights must share one dtype of {', '.join(rules.DTYPES)}, "
+                f"got {', '.join(sorted(dtypes))}"
+            )
+        served = None if block.rope is None else block.rope.max_seq_len
+        longest = max_seq_len or served or _DEFAULT_LONGEST
+        if longest < 1:
+            raise BadInputError(f"max_seq_len must be at least 1, got {longest}")
+        if block.rope is not None and longest > block.rope.positions:
+            raise BadInputError(
+                f"max_seq_len must be at most the {block.rope.positions} positions of the block's "
+                f"RotaryEmbedding, got {longest}"
+            )
+        if batch < 1:
+            raise BadInputError(f"batch must be at least 1, got {batch}")
+        if batch != 1 and not static:
+            raise BadInputError(
+                f"batch is for static graphs: pass static=True too, got batch={batch}"
+            )
+        if position_ids and block.rope is None:
+            raise BadInputError("position_ids needs a block with a RotaryEmbedding, got rope=None")
+        plan = cls(target, chosen, dtypes.pop(), longest, position_ids, static, batch, seed)
+        plan.choose(block)
+        return plan
+
+    def situations(self, block: Attention, providers: Sequence[str]) -> list[rules.Situation]:
+        """Describe ``block`` to the rules, once for each of ``providers``."""
+        return rules.situations(
+            block, providers, dtype=self.dtype, implied_positions=not self.position_ids
+        )
+
+    def choose(self, block: Attention) -> rules.Choice:
+        """Choose the form.
+
+        Raises:
+            BadInputError: the target has none that is legal.
+        """
+        return rules.choose(self.target, self.situations(block, self.providers))
+
+    def runs_on(self, block: Attention) -> dict[str, str | None]:
+        """For every provider, why it lacks the chosen form's operators, or None."""
+        form = self.choose(block).form
+        verdicts = {}
+        for provider in rules.PROVIDERS:
+            broken = rules.broken_limits(form, self.situations(block, [provider]))
+            verdicts[provider] = broken[0] if broken else None
+        return verdicts
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as ``config.json`` has it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Plan:
+        """Read a plan back from ``config.json``."""
+        return cls(**content | {"providers": tuple(content["providers"])})

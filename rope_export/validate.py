@@ -1,0 +1,166 @@
+"""`validate`: prove an exported graph against eager PyTorch and float64 truth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rope_export import cases, runtime
+from rope_export.artifact import Artifact
+from rope_export.errors import BadInputError
+from rope_export.plan import Plan
+from rope_export.report import Report
+from rope_export.trial import Progress, Trial, run_providers, silent
+
+if TYPE_CHECKING:
+    from rope_export.attention import Attention
+    from rope_export.export import ExportResult
+
+_MEMORY_SHARE = 0.8
+_SENSITIVITY_LENGTH = 64
+
+
+def validate(
+    exported: ExportResult | str | Path,
+    block: Attention,
+    *,
+    providers: Sequence[str] = (),
+    progress: Progress = silent,
+) -> Report:
+    """Prove the graph of an artifact against the block it came from.
+
+    The block and float64 truth are evaluated anew; the stored vectors are not consulted. The
+    report takes the place of the artifact's earlier one.
+
+    Args:
+        exported: what `export` returned, or the artifact's folder.
+        block: the block that was exported, with the same weights.
+        providers: where to run; those named must load. Without any, the providers the graph was
+            made for, and CUDA too where it loads and has the operators.
+        progress: told what is being done.
+
+    Returns:
+        the report; ``report.passed`` is the verdict.
+
+    Raises:
+        BadInputError: the artifact is incomplete, or is not one of ``block``.
+        ProviderUnavailableError: a provider does not load.
+    """
+    folder = Path(exported) if isinstance(exported, str | Path) else exported.path
+    artifact = Artifact.read(folder, verify=False)
+    plan = Plan.from_json(artifact.config["export"])
+    dtype = str(block.q_proj.weight.dtype).removeprefix("torch.")
+    if dtype != plan.dtype:
+        raise BadInputError(f"the artifact at {folder} is {plan.dtype}, the block given is {dtype}")
+    trials, _ = make_trials(block, plan, progress)
+    report = prove(block, folder, plan, trials, named=providers, progress=progress)
+    report.write(folder)
+    return report
+
+
+def make_trials(block: Attention, plan: Plan, progress: Progress) -> tuple[list[Trial], list[str]]:
+    """Choose shapes this machine can run, draw inputs, evaluate truth and eager.
+
+    Returns:
+        the trials, and what they leave out, in plain words.
+
+    Raises:
+        BadInputError: a static graph does not fit in memory.
+    """
+    longest, notes = _longest_that_fits(block, plan)
+    shapes = cases.plan_shapes(
+        block,
+        longest=longest,
+        batch=plan.batch,
+        static=plan.static,
+        with_positions=plan.position_ids,
+    )
+    positions = plan.longest if plan.position_ids else None
+    was_training = block.training
+    block.eval()
+    try:
+        trials = cases.make_cases(
+            block, shapes, seed=plan.seed, positions=positions, progress=progress
+        )
+    finally:
+        block.train(was_training)
+    for trial in trials:
+        if trial.rows is not None:
+            notes.append(
+                f"{trial.name} [{trial.batch}, {trial.sequence}] is compared on "
+                f"{len(trial.rows)} of its {trial.sequence} query rows (the first, the last and "
+                "random runs): float64 truth for all of them would take too long"
+            )
+        if not trial.stored:
+            stored = max((t.sequence for t in trials if t.stored), default=0)
+            notes.append(
+                f"{trial.name} [{trial.batch}, {trial.sequence}] is proven at export but not "
+                f"stored as a test vector (64 MiB in all); the longest stored has {stored} tokens"
+            )
+    return trials, notes
+
+
+def prove(
+    block: Attention,
+    folder: Path,
+    plan: Plan,
+    trials: list[Trial],
+    *,
+    named: Sequence[str],
+    progress: Progress,
+) -> Report:
+    """Run the graph in ``folder`` on every provider and put the report together.
+
+    Raises:
+        ProviderUnavailableError: a named provider does not load, or none can run the graph.
+    """
+    artifact = Artifact.read(folder, verify=False)
+    statuses, results = run_providers(
+        artifact.model,
+        trials,
+        named=tuple(named),
+        made_for=plan.providers,
+        runs_on=plan.runs_on(block),
+        progress=progress,
+    )
+    length = min(_SENSITIVITY_LENGTH, plan.longest)
+    return Report(
+        providers=statuses,
+        cases=tuple(results),
+        graph=artifact.config["graph"],
+        environment=runtime.environment(),
+        sensitivity=cases.sensitivities(block, length=length, seed=plan.seed),
+        notes=tuple(artifact.config["notes"]),
+    )
+
+
+def _longest_that_fits(block: Attention, plan: Plan) -> tuple[int, list[str]]:
+    """The longest sequence this machine has memory to prove, and a note when that is not all."""
+    copies = max(plan.choose(block).score_copies.values())
+    heads = block.num_heads + 3 * block.num_kv_heads
+    # Inputs, outputs, float64 truth, and projected heads in both precisions.
+    per_token = plan.batch * (28 * block.hidden_size + 16 * heads * block.head_dim)
+    per_pair = plan.batch * copies * 4 * block.num_heads
+    available = runtime.available_memory()
+    usable = _MEMORY_SHARE * available
+    if per_token * plan.longest + per_pair * plan.longest**2 <= usable:
+        return plan.longest, []
+    if per_pair:
+        root = (per_token**2 + 4 * per_pair * usable) ** 0.5
+        fitting = int((root - per_token) / (2 * per_pair))
+    else:
+        fitting = int(usable / per_token)
+    scores = f"target {plan.target} holds the scores of all token pairs; " if per_pair else ""
+    needed = (
+        f"{scores}length {plan.longest} takes about "
+        f"{_gib(per_token * plan.longest + per_pair * plan.longest**2)}, and "
+        f"{_gib(available)} are free here"
+    )
+    if plan.static or fitting < 1:
+        raise BadInputError(f"max_seq_len {plan.longest} does not fit in memory: {needed}")
+    return fitting, [f"proven only up to length {fitting} of {plan.longest}: {needed}"]
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.1f} GiB"
