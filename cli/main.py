@@ -19,7 +19,7 @@ _BAD_INPUT, _UNAVAILABLE, _FAILED = 2, 3, 1
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="rope-export", message="rope-export %(version)s")
 def main() -> None:
-    r"""Attention with rotary positions: from PyTorch to onnxruntime, with proof.
+    """Attention with rotary positions: from PyTorch to onnxruntime, with proof.
 
     \b
     Exit codes: 0 exported and proven, 1 a comparison failed, 2 bad usage or input,
@@ -36,6 +36,9 @@ def run(arguments: list[str] | None = None) -> None:
     try:
         with clean_interrupts():
             code = main.main(arguments, prog_name="rope-export", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
+        code = _BAD_INPUT
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "rope-export"
         _say(f"{error.format_message()} (see {command} --help)")

@@ -68,8 +68,11 @@ def staged(path: Path) -> Iterator[Path]:
     """
     check_destination(path)
     path = path.resolve()
-    made = _make_parents(path.parent)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    try:
+        made = _make_parents(path.parent)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+    except OSError as error:
+        raise BadInputError(f"{path}: cannot be written: {error.strerror}") from error
     try:
         folder.chmod(0o777 & ~_umask())
         _unfinished[folder] = made

@@ -10,12 +10,15 @@ import numpy.typing as npt
 
 # Half the spacing of numbers near one: the largest error of one rounding.
 UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
-# A provider may round differently from eager PyTorch, not worse: twice its error. Added are half of
-# one rounding to the dtype, for blocks whose eager result happens to be exact, and what two
-# float32 accumulations of the same products in different orders differ by.
+# A provider may round differently from eager PyTorch, not worse: twice its error. Added, for cases
+# so small that eager happens to be nearly exact, are half of one rounding to the dtype; one float32
+# rounding for each of the eight steps from input to output (projection, product and sum of the
+# rotation, score, exponential, normalisation, mix, output); and what two float32 accumulations of
+# the same products in different orders differ by.
 _FACTOR = 2.0
-_ROUNDINGS = 0.5
-_ACCUMULATION = 0.25 * UNIT_ROUNDOFF["float32"]
+_DTYPE_ROUNDINGS = 0.5
+_STEPS = 8.0
+_ACCUMULATION = 0.25
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Errors:
     Attributes:
         rel: relative L2 over the whole output.
         row: the largest relative L2 of one token's output, so that one wrong row in thousands
-            cannot hide.
+            cannot hide. A row that cancels to almost nothing counts as half a typical one.
         max_abs: the largest absolute difference (0 in a tolerance: not judged).
     """
 
@@ -49,9 +52,11 @@ def errors_against(truth: npt.NDArray[np.float64], output: npt.ArrayLike) -> Err
     token_norm = np.linalg.norm(truth, axis=-1)
     token_error = np.linalg.norm(difference, axis=-1)
     tiny = np.finfo(np.float64).tiny
+    typical = float(np.sqrt(np.mean(token_norm**2))) if token_norm.size else 0.0
+    scale = np.maximum(token_norm, max(typical / 2, tiny))
     return Errors(
         rel=float(np.linalg.norm(difference) / max(float(np.linalg.norm(truth)), tiny)),
-        row=float((token_error / np.maximum(token_norm, tiny)).max(initial=0.0)),
+        row=float((token_error / scale).max(initial=0.0)),
         max_abs=float(np.abs(difference).max(initial=0.0)),
     )
 
@@ -64,5 +69,6 @@ def tolerance(eager: Errors, dtype: str, products: int) -> Errors:
         dtype: of weights and activations.
         products: length of the longest sum of products in the block.
     """
-    floor = _ROUNDINGS * UNIT_ROUNDOFF[dtype] + _ACCUMULATION * math.sqrt(products)
+    steps = _STEPS + _ACCUMULATION * math.sqrt(products)
+    floor = _DTYPE_ROUNDINGS * UNIT_ROUNDOFF[dtype] + steps * UNIT_ROUNDOFF["float32"]
     return Errors(_FACTOR * eager.rel + floor, _FACTOR * eager.row + floor, 0.0)

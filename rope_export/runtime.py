@@ -214,7 +214,8 @@ def _from_ort(value: Any) -> Array:
     shape = value.shape()
     memory = ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape)))
     bits: Array = np.frombuffer(memory, dtype=np.uint16)
-    return bits.view(ml_dtypes.bfloat16).reshape(shape)
+    wide: Array = bits.view(ml_dtypes.bfloat16).reshape(shape)
+    return wide
 
 
 def _first_line(error: BaseException) -> str:

@@ -35,9 +35,13 @@ def random_block(
     Raises:
         BadInputError: an argument is out of range, or the block does not fit in memory.
     """
+    width = head_dim or max(1, hidden_size // num_heads)
+    if rotary_dim is None and width % 2:
+        raise BadInputError(
+            f"head_dim must be even unless rotary_dim says how much of it is rotated, got {width}"
+        )
 
     def build() -> Attention:
-        width = head_dim or max(1, hidden_size // num_heads)
         rope = RotaryEmbedding(
             rotary_dim or width, theta=theta, layout=layout, max_seq_len=max_seq_len
         )

@@ -39,10 +39,19 @@ def rotate(
 
 
 def rotated_projections(
-    block: Attention, hidden_states: Tensor, position_ids: Tensor | None
+    block: Attention,
+    hidden_states: Tensor,
+    position_ids: Tensor | None,
+    *,
+    widened: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Project and rotate, all ``[B, S, heads * head_dim]``: no transpose is needed in between."""
+    """Project and rotate, all ``[B, S, heads * head_dim]``: no transpose is needed in between.
+
+    With ``widened`` the projections continue in float32.
+    """
     q, k, v = (p(hidden_states) for p in (block.q_proj, block.k_proj, block.v_proj))
+    if widened:
+        q, k, v = q.float(), k.float(), v.float()
     if block.rope is not None:
         if position_ids is None:
             batch, length = hidden_states.shape[0], hidden_states.shape[1]
@@ -56,9 +65,9 @@ def attend(
     block: Attention, hidden_states: Tensor, position_ids: Tensor | None, choice: rules.Choice
 ) -> Tensor:
     """Emit projections, rotation and Attention: ``[B, S, num_heads * head_dim]``."""
-    del choice  # this target has one form
-    q, k, v = rotated_projections(block, hidden_states, position_ids)
-    return ops.attention(
+    widened = choice.form is rules.ATTENTION_IN_FLOAT32
+    q, k, v = rotated_projections(block, hidden_states, position_ids, widened=widened)
+    context = ops.attention(
         q,
         k,
         v,
@@ -67,3 +76,4 @@ def attend(
         scale=block.scale,
         causal=block.causal,
     )
+    return context.to(hidden_states.dtype)

@@ -117,8 +117,8 @@ _ANY_GRAPH = (
     Limit(
         "cpu",
         _dtypes("float32", "float16"),
-        "onnxruntime's cpu provider has no bfloat16 kernel for MatMul, RotaryEmbedding or "
-        "attention; use float32 or float16 there, or make the graph for cuda alone",
+        "onnxruntime has no bfloat16 kernel for MatMul, RotaryEmbedding or attention on the CPU; "
+        "use float32 or float16 there, or make the graph for cuda alone",
     ),
 )
 
@@ -183,6 +183,17 @@ _MHA = (
 )
 
 
+_ATTENTION = (
+    *_ANY_GRAPH,
+    Limit(
+        "cpu",
+        _dtypes("float32"),
+        "RotaryEmbedding and Attention on the CPU round tables and scores to {dtype}; they are "
+        "given float32 instead",
+    ),
+)
+
+
 def _none(_: Situation) -> float:
     return 0.0
 
@@ -202,12 +213,15 @@ _ROTARY = "::RotaryEmbedding"
 GQA_ROTATING = Form("gqa_rotating", "com.microsoft::GroupQueryAttention", None, _GQA_ROTATES, _none)
 GQA = Form("gqa", "com.microsoft::GroupQueryAttention", _ROTARY, _GQA, _none)
 MHA = Form("mha", "com.microsoft::MultiHeadAttention", _ROTARY, _MHA, _none)
-ATTENTION = Form("attention", "::Attention", _ROTARY, _ANY_GRAPH, _attention_copies)
+ATTENTION = Form("attention", "::Attention", _ROTARY, _ATTENTION, _attention_copies)
+ATTENTION_IN_FLOAT32 = Form(
+    "attention_in_float32", "::Attention", _ROTARY, _ANY_GRAPH, _attention_copies
+)
 PRIMITIVE = Form("primitive", "::Softmax", "::Mul", _ANY_GRAPH, _primitive_copies)
 
 FORMS: dict[str, tuple[Form, ...]] = {
-    "ort": (GQA_ROTATING, GQA, MHA, ATTENTION),
-    "onnx": (ATTENTION,),
+    "ort": (GQA_ROTATING, GQA, MHA, ATTENTION, ATTENTION_IN_FLOAT32),
+    "onnx": (ATTENTION, ATTENTION_IN_FLOAT32),
     "primitive": (PRIMITIVE,),
 }
 

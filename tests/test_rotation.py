@@ -1,0 +1,174 @@
+"""Rotating pairs of channels, against complex numbers and against the laws of RoPE."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rope_export.rotation import LAYOUTS, rotate_pairs
+
+# Derandomized: every run tries the same examples, and none is stored on disk.
+laws = settings(derandomize=True, deadline=None, max_examples=60)
+seeds = st.integers(0, 2**32 - 1)
+layouts = st.sampled_from(LAYOUTS)
+half_widths = st.integers(1, 9)
+positions = st.integers(0, 10**6)
+thetas = st.floats(1.5, 1e7)
+
+
+def complex_rotation(x, angles, layout):
+    """Multiply ``first + i * second`` of every pair by ``exp(i * angle)``, in float64."""
+    x, half = x.double().numpy().copy(), angles.shape[-1]
+    if layout == "half":
+        first, second = slice(0, half), slice(half, 2 * half)
+    else:
+        first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    turned = (x[..., first] + 1j * x[..., second]) * np.exp(1j * angles)
+    x[..., first], x[..., second] = turned.real, turned.imag
+    return x
+
+
+def rotated(x, angles, layout):
+    return rotate_pairs(x, angles.cos(), angles.sin(), layout=layout)
+
+
+def normal(*shape, seed=0, dtype=torch.float64):
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("head_dim", "half"), [(2, 1), (8, 4), (8, 2), (7, 3), (10, 1)])
+@pytest.mark.parametrize(
+    ("dtype", "atol"), [(torch.float64, 1e-14), (torch.float32, 1e-6)], ids=str
+)
+def test_pairs_turn_as_complex_numbers_do(layout, head_dim, half, dtype, atol):
+    x = normal(2, 3, 5, head_dim, dtype=dtype)
+    angles = 10 * normal(5, half, seed=1)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    actual = rotate_pairs(x, cos, sin, layout=layout)
+    assert actual.dtype == dtype
+    expected = complex_rotation(x, angles.numpy(), layout)
+    np.testing.assert_allclose(actual.double().numpy(), expected, rtol=0, atol=atol)
+    assert torch.equal(actual[..., 2 * half :], x[..., 2 * half :])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_inputs_are_turned_in_float32_and_rounded_once(layout, dtype):
+    x = normal(2, 3, 64, 20, dtype=dtype)
+    angles = 10 * normal(64, 8, seed=1)
+    actual = rotate_pairs(x, angles.cos().float(), angles.sin().float(), layout=layout)
+    assert actual.dtype == dtype
+    exact = torch.from_numpy(complex_rotation(x, angles.numpy(), layout))
+    # A product rounded to half precision on the way would miss every second entry.
+    assert (actual == exact.to(dtype)).double().mean() > 0.995
+    spacing = torch.finfo(dtype).eps
+    assert torch.all((actual.double() - exact).abs() <= spacing * exact.abs().clamp(min=1e-2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("shape", "angle_shape"),
+    [
+        ((4, 6), (4, 3)),
+        ((5, 4, 6), (4, 3)),
+        ((2, 5, 4, 6), (1, 1, 4, 3)),
+        ((2, 5, 4, 6), (2, 1, 4, 3)),
+        ((2, 5, 1, 6), (3,)),
+    ],
+    ids=str,
+)
+def test_angles_broadcast_over_batch_and_heads(layout, shape, angle_shape):
+    x, angles = normal(*shape), normal(*angle_shape, seed=1)
+    expected = complex_rotation(x, angles.numpy(), layout)
+    assert rotated(x, angles, layout).shape == shape
+    np.testing.assert_allclose(rotated(x, angles, layout).numpy(), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides_do_not_matter_and_the_input_stays(layout):
+    x = normal(6, 5, 3, 2).permute(3, 2, 1, 0)
+    angles = normal(3, 5, seed=1).T
+    before = x.clone()
+    actual = rotated(x, angles, layout)
+    expected = complex_rotation(before, angles.numpy(), layout)
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-14)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_gradient_is_the_rotation_back(layout):
+    x, angles, upstream = normal(2, 3, 5, 7), normal(5, 3, seed=1), normal(2, 3, 5, 7, seed=2)
+    x.requires_grad_()
+    rotated(x, angles, layout).backward(upstream)
+    expected = complex_rotation(upstream, -angles.numpy(), layout)
+    np.testing.assert_allclose(x.grad.numpy(), expected, rtol=0, atol=1e-14)
+
+
+def angles_at(position, half, theta):
+    exponents = torch.arange(half, dtype=torch.float64) / half
+    return position * theta**-exponents
+
+
+@laws
+@given(seeds, layouts, half_widths, st.integers(0, 5), positions, thetas)
+def test_a_rotation_keeps_the_norm(seed, layout, half, passed, position, theta):
+    x = normal(3, 2 * half + passed, seed=seed)
+    turned = rotated(x, angles_at(position, half, theta), layout)
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1), rtol=1e-13, atol=0)
+
+
+@laws
+@given(seeds, layouts, half_widths, positions, positions, thetas)
+def test_rotations_compose_by_adding_positions(seed, layout, half, first, second, theta):
+    x = normal(3, 2 * half + 1, seed=seed)
+    twice = rotated(
+        rotated(x, angles_at(first, half, theta), layout), angles_at(second, half, theta), layout
+    )
+    once = rotated(x, angles_at(first + second, half, theta), layout)
+    torch.testing.assert_close(twice, once, rtol=0, atol=1e-8)  # angles reach 2e6: 2e-10 each
+
+
+@laws
+@given(seeds, layouts, half_widths, positions, thetas)
+def test_the_opposite_rotation_leads_back(seed, layout, half, position, theta):
+    x, angles = normal(3, 2 * half, seed=seed), angles_at(position, half, theta)
+    torch.testing.assert_close(
+        rotated(rotated(x, angles, layout), -angles, layout), x, rtol=0, atol=1e-14
+    )
+    assert torch.equal(rotated(x, angles_at(0, half, theta), layout), x)
+
+
+@laws
+@given(
+    seeds,
+    layouts,
+    half_widths,
+    st.integers(0, 4096),
+    st.integers(0, 4096),
+    st.integers(1, 10**6),
+    thetas,
+)
+def test_a_score_depends_only_on_the_distance(seed, layout, half, query, key, shift, theta):
+    q, k = normal(2, 2 * half, seed=seed)
+
+    def score(query_position, key_position):
+        turned_q = rotated(q, angles_at(query_position, half, theta), layout)
+        return turned_q @ rotated(k, angles_at(key_position, half, theta), layout)
+
+    torch.testing.assert_close(
+        score(query + shift, key + shift), score(query, key), rtol=0, atol=1e-7
+    )
+
+
+@laws
+@given(seeds, half_widths, st.integers(0, 3), positions, thetas)
+def test_the_layouts_differ_by_a_permutation_of_channels(seed, half, passed, position, theta):
+    x, angles = normal(3, 2 * half + passed, seed=seed), angles_at(position, half, theta)
+    # Interleaved channel 2i is half channel i, and 2i + 1 is i + half.
+    order = [i + side * half for i in range(half) for side in (0, 1)]
+    order += range(2 * half, 2 * half + passed)
+    assert torch.equal(
+        rotated(x, angles, "half")[:, order], rotated(x[:, order], angles, "interleaved")
+    )
