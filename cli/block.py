@@ -173,7 +173,7 @@ def block(
         raise click.UsageError(f"--batch {batch} is for static graphs: give --static too")
     steps("loading PyTorch")
     from rope_export import artifact
-    from rope_export.export import export
+    from rope_export.exporter import export
     from rope_export.synthetic import random_block
 
     artifact.check_destination(out)

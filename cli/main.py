@@ -10,7 +10,7 @@ import click
 from rope_export.errors import BadInputError, ExportError, ProviderUnavailableError
 
 from .block import PARAMETERS, block
-from .interrupts import clean_interrupts
+from .interrupts import MESSAGE, StoppedError, clean_interrupts
 from .validate import validate
 
 _BAD_INPUT, _UNAVAILABLE, _FAILED = 2, 3, 1
@@ -46,9 +46,9 @@ def run(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         _say(error.format_message())
         code = _BAD_INPUT
-    except (KeyboardInterrupt, click.Abort):
-        _say("interrupted; nothing was written")
-        code = 130
+    except StoppedError as stopped:
+        _say(MESSAGE)
+        code = stopped.exit_code
     except ProviderUnavailableError as error:
         _say(str(error))
         code = _UNAVAILABLE

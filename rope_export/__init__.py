@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from rope_export.errors import ExportError as ExportError
     from rope_export.errors import ProviderUnavailableError as ProviderUnavailableError
     from rope_export.errors import RopeExportError as RopeExportError
-    from rope_export.export import ExportResult as ExportResult
-    from rope_export.export import export as export
+    from rope_export.exporter import ExportResult as ExportResult
+    from rope_export.exporter import export as export
     from rope_export.report import Report as Report
     from rope_export.rotary import RotaryEmbedding as RotaryEmbedding
     from rope_export.trial import replay as replay
-    from rope_export.validate import validate as validate
+    from rope_export.validator import validate as validate
 
 __version__ = "0.1.0"
 
@@ -28,14 +28,14 @@ _HOME = {
     "Attention": "attention",
     "BadInputError": "errors",
     "ExportError": "errors",
-    "ExportResult": "export",
+    "ExportResult": "exporter",
     "ProviderUnavailableError": "errors",
     "Report": "report",
     "RopeExportError": "errors",
     "RotaryEmbedding": "rotary",
-    "export": "export",
+    "export": "exporter",
     "replay": "trial",
-    "validate": "validate",
+    "validate": "validator",
 }
 __all__ = [*sorted(_HOME), "__version__"]
 

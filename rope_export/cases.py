@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rope_export.comparison import errors_against, tolerance
+from rope_export.errors import BadInputError
 from rope_export.reference import Semantics, attention_truth, truth_flops
 from rope_export.trial import Progress, Trial
 
@@ -65,20 +67,28 @@ def plan_shapes(
             Shape("longest", 1, longest),
         ]
         shapes = list({(s.batch, s.sequence): s for s in wanted}.values())
+    return _within_cap(block, shapes, with_positions=with_positions)
+
+
+def _within_cap(block: Attention, shapes: list[Shape], *, with_positions: bool) -> list[Shape]:
+    """Say which shapes are stored; one too long to be is followed by the longest that fits."""
     token_bytes = 2 * block.hidden_size * block.q_proj.weight.element_size() + 8 * with_positions
-    planned, spent = [], 0
-    for shape in sorted(shapes, key=lambda s: s.batch * s.sequence):
+    affordable = int((TRUTH_FLOPS / truth_flops(block, 1, 1)) ** 0.5)
+    left = STORED_BYTES
+    planned = []
+    # The two ends come first, so that what has to give is the middle.
+    for shape in sorted(shapes, key=lambda s: (s.name == "middle", s.batch * s.sequence)):
         size = shape.batch * shape.sequence * token_bytes
         sampled = truth_flops(block, shape.batch, shape.sequence) > TRUTH_FLOPS
-        stored = not sampled and spent + size <= STORED_BYTES
-        spent += size if stored else 0
+        stored = not sampled and size <= left
+        if not stored and shape.name == "longest":
+            fitting = min(left // token_bytes, affordable, shape.sequence - 1)
+            if fitting > 0:
+                planned.append(Shape("longest stored", 1, fitting))
+                left -= fitting * token_bytes
         planned.append(replace(shape, sampled=sampled, stored=stored))
-    if not static and not planned[-1].stored:
-        affordable = int((TRUTH_FLOPS / truth_flops(block, 1, 1)) ** 0.5)
-        length = min((STORED_BYTES - spent) // token_bytes, affordable, longest - 1)
-        if length > max((s.sequence for s in planned if s.stored), default=0):
-            planned.insert(-1, Shape("longest stored", 1, length))
-    return planned
+        left -= size if stored else 0
+    return sorted(planned, key=lambda s: s.batch * s.sequence)
 
 
 def _odd(length: int) -> int:
@@ -101,8 +111,12 @@ def make_cases(
         seed: of the inputs.
         positions: how many positions the graph serves when ``position_ids`` is an input.
         progress: told what is being done.
+
+    Raises:
+        BadInputError: the block overflows its own dtype.
     """
     gain = input_gain(block, seed)
+    dtype = str(block.q_proj.weight.dtype).removeprefix("torch.")
     cases = []
     for index, shape in enumerate(shapes):
         progress(f"float64 truth and eager PyTorch: {shape.name} [{shape.batch}, {shape.sequence}]")
@@ -115,6 +129,11 @@ def make_cases(
         truth = attention_truth(block, x, position_ids=ids, rows=rows).numpy()
         eager_output = _eager(block, x, ids, rows).double().numpy()
         eager = errors_against(truth, eager_output)
+        if not math.isfinite(eager.rel):
+            raise BadInputError(
+                f"dtype {dtype} is too narrow for this block: eager PyTorch itself overflows on "
+                f"inputs [{shape.batch}, {shape.sequence}] of standard deviation {gain:.2g}"
+            )
         inputs: dict[str, Array] = {"hidden_states": to_numpy(x)}
         if ids is not None:
             inputs["position_ids"] = ids.numpy()
@@ -130,7 +149,7 @@ def make_cases(
                 eager=eager,
                 tolerance=tolerance(
                     eager,
-                    str(x.dtype).removeprefix("torch."),
+                    dtype,
                     max(block.hidden_size, block.num_heads * block.head_dim),
                 ),
                 stored=shape.stored,

@@ -37,28 +37,44 @@ class Errors:
     max_abs: float
 
     def within(self, tolerance: Errors) -> bool:
-        """Whether both relative errors are at most the tolerance's; NaN is not."""
-        return self.rel <= tolerance.rel and self.row <= tolerance.row
+        """Whether both relative errors are at most the tolerance's; NaN and infinity never are."""
+        return (
+            math.isfinite(self.rel)
+            and math.isfinite(self.row)
+            and self.rel <= tolerance.rel
+            and self.row <= tolerance.row
+        )
 
 
 def errors_against(truth: npt.NDArray[np.float64], output: npt.ArrayLike) -> Errors:
     """Compare ``output`` with ``truth``, both ``[..., tokens, width]``.
 
     Anything that is not finite is infinitely wrong.
+
+    Raises:
+        ValueError: the shapes differ.
     """
-    difference = np.asarray(output, dtype=np.float64) - truth
-    if not np.isfinite(difference).all():
+    output = np.asarray(output, dtype=np.float64)
+    if output.shape != truth.shape:
+        raise ValueError(f"output has shape {output.shape}, the truth {truth.shape}")
+    if not (np.isfinite(output).all() and np.isfinite(truth).all()):
         return Errors(math.inf, math.inf, math.inf)
+    difference = output - truth
     token_norm = np.linalg.norm(truth, axis=-1)
     token_error = np.linalg.norm(difference, axis=-1)
     tiny = np.finfo(np.float64).tiny
     typical = float(np.sqrt(np.mean(token_norm**2))) if token_norm.size else 0.0
     scale = np.maximum(token_norm, max(typical / 2, tiny))
     return Errors(
-        rel=float(np.linalg.norm(difference) / max(float(np.linalg.norm(truth)), tiny)),
-        row=float((token_error / scale).max(initial=0.0)),
+        rel=_ratio(np.linalg.norm(difference), max(float(np.linalg.norm(truth)), tiny)),
+        row=_ratio(token_error, scale),
         max_abs=float(np.abs(difference).max(initial=0.0)),
     )
+
+
+def _ratio(error: npt.ArrayLike, scale: npt.ArrayLike) -> float:
+    with np.errstate(over="ignore"):  # an error over a truth of zero: infinite
+        return float(np.max(np.divide(error, scale), initial=0.0))
 
 
 def tolerance(eager: Errors, dtype: str, products: int) -> Errors:

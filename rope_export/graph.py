@@ -36,6 +36,14 @@ def tidy(model: ir.Model, inputs: Mapping[str, Axes], outputs: Mapping[str, Axes
     sources = _weight_names(model)
     optimizer.optimize(model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT)
     common_passes.ClearMetadataAndDocStringPass()(model)
+    model.metadata_props.clear()
+    for value in (
+        *model.graph.inputs,
+        *model.graph.outputs,
+        *model.graph.initializers.values(),
+    ):
+        value.metadata_props.clear()
+        value.doc_string = None
     _name_interface(model, inputs, outputs)
     _name_inside(model, sources)
     model.producer_name = "rope-export"

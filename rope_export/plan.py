@@ -71,7 +71,7 @@ class Plan:
                 f"got {', '.join(sorted(dtypes))}"
             )
         served = None if block.rope is None else block.rope.max_seq_len
-        longest = max_seq_len or served or _DEFAULT_LONGEST
+        longest = (served or _DEFAULT_LONGEST) if max_seq_len is None else max_seq_len
         if longest < 1:
             raise BadInputError(f"max_seq_len must be at least 1, got {longest}")
         if block.rope is not None and longest > block.rope.positions:

@@ -17,6 +17,7 @@ from rope_export.rotation import LAYOUTS, Layout, rotate_pairs
 # rotations are composed. 2443 coarse rows reach 10 million positions.
 _FINE_ROWS = 4096
 _COARSE_ROWS = 2443
+_INTEGERS = (torch.int32, torch.int64)
 
 
 class RotaryEmbedding(nn.Module):
@@ -62,14 +63,14 @@ class RotaryEmbedding(nn.Module):
             raise BadInputError(f"dim must be a positive even integer, got {dim!r}")
         if layout not in LAYOUTS:
             raise BadInputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-        if max_seq_len is not None and max_seq_len < 1:
-            raise BadInputError(f"max_seq_len must be at least 1, got {max_seq_len}")
+        if max_seq_len is not None and (type(max_seq_len) is not int or max_seq_len < 1):
+            raise BadInputError(f"max_seq_len must be an integer above 0, got {max_seq_len!r}")
         self.dim = dim
-        self.theta = frequencies.check_theta(theta)
+        self.theta: float | None = frequencies.check_theta(theta)
         self.layout: Layout = layout
         self.max_seq_len = max_seq_len
         # Plain float64 tensor, not a buffer: no cast or device move may touch it.
-        self._inv_freq = frequencies.default_inv_freq(dim, self.theta)
+        self._inv_freq = frequencies.default_inv_freq(dim, float(theta))
         self.register_buffer("freqs", torch.empty(dim // 2, dtype=torch.float32))
         for name in ("cos", "sin", "coarse_cos", "coarse_sin"):
             self.register_buffer(name, None, persistent=False)
@@ -88,7 +89,7 @@ class RotaryEmbedding(nn.Module):
     def extra_repr(self) -> str:
         """One line for ``print(module)``."""
         return (
-            f"dim={self.dim}, theta={self.theta:g}, layout={self.layout!r}, "
+            f"dim={self.dim}, theta={self.theta}, layout={self.layout!r}, "
             f"max_seq_len={self.max_seq_len}"
         )
 
@@ -120,10 +121,14 @@ class RotaryEmbedding(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if self.freqs.is_meta:
+            return
         loaded = self.freqs.detach().to("cpu", torch.float32)
-        if not loaded.is_meta and not torch.equal(loaded, self._inv_freq.to(torch.float32)):
-            # Another base, or frequencies that were trained: they are the truth now.
+        differs = not torch.equal(loaded, self._inv_freq.to(torch.float32))
+        if differs:  # another base, or frequencies that were trained: they are the truth now
             self._inv_freq = loaded.to(torch.float64)
+            self.theta = None
+        if differs or self.cos.is_meta:
             self.reset_parameters()
 
     def cos_sin(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,8 +155,10 @@ class RotaryEmbedding(nn.Module):
         """Positions ``offset … offset + seq_len - 1`` as int64 ``[seq_len]``.
 
         Raises:
-            BadInputError: they reach beyond the last position served.
+            BadInputError: they reach beyond the last position served, or ``offset`` is not an
+                integer.
         """
+        _check_offset(offset)
         last = seq_len if isinstance(offset, Tensor) else seq_len + offset
         if last > self.positions or (not isinstance(offset, Tensor) and offset < 0):
             raise BadInputError(
@@ -220,14 +227,25 @@ class RotaryEmbedding(nn.Module):
         return rotate_pairs(x, cos, sin, layout=self.layout)
 
 
+def _check_offset(offset: int | Tensor) -> None:
+    if isinstance(offset, Tensor):
+        if offset.ndim or offset.dtype not in _INTEGERS:
+            raise BadInputError(
+                f"offset must be an integer or a 0-d tensor of int32 or int64, "
+                f"got {offset.dtype} of shape {tuple(offset.shape)}"
+            )
+    elif isinstance(offset, float | bool):
+        raise BadInputError(f"offset must be an integer or a 0-d integer tensor, got {offset!r}")
+
+
 def check_position_ids(position_ids: Tensor, x: Tensor) -> Tensor:
     """Return ``position_ids`` if they fit ``x`` ``[B, H, S, D]``.
 
     Raises:
-        BadInputError: they are not integers, or not ``[S]`` or ``[B, S]``.
+        BadInputError: they are not int32 or int64, or not ``[S]``, ``[1, S]`` or ``[B, S]``.
     """
-    if position_ids.is_floating_point() or position_ids.dtype == torch.bool:
-        raise BadInputError(f"position_ids must be integers, got {position_ids.dtype}")
+    if position_ids.dtype not in _INTEGERS:
+        raise BadInputError(f"position_ids must be int32 or int64, got {position_ids.dtype}")
     if position_ids.ndim not in (1, 2) or (position_ids.ndim == 2 and x.ndim != 4):
         raise BadInputError(
             f"position_ids must be [S] or [B, S], got {tuple(position_ids.shape)} "
@@ -237,5 +255,9 @@ def check_position_ids(position_ids: Tensor, x: Tensor) -> Tensor:
         raise BadInputError(
             f"position_ids must have the sequence length {x.shape[-2]} as last axis, "
             f"got {tuple(position_ids.shape)}"
+        )
+    if position_ids.ndim == 2 and position_ids.shape[0] not in (1, x.shape[0]):
+        raise BadInputError(
+            f"position_ids must have one row or {x.shape[0]}, got {tuple(position_ids.shape)}"
         )
     return position_ids

@@ -17,16 +17,20 @@ positions = st.integers(0, 10**6)
 thetas = st.floats(1.5, 1e7)
 
 
-def complex_rotation(x, angles, layout):
-    """Multiply ``first + i * second`` of every pair by ``exp(i * angle)``, in float64."""
-    x, half = x.double().numpy().copy(), angles.shape[-1]
+def complex_product(x, factors, layout):
+    """Multiply ``first + i * second`` of every pair by a complex factor, in float64."""
+    x, half = x.double().numpy().copy(), factors.shape[-1]
     if layout == "half":
         first, second = slice(0, half), slice(half, 2 * half)
     else:
         first, second = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
-    turned = (x[..., first] + 1j * x[..., second]) * np.exp(1j * angles)
+    turned = (x[..., first] + 1j * x[..., second]) * factors
     x[..., first], x[..., second] = turned.real, turned.imag
     return x
+
+
+def complex_rotation(x, angles, layout):
+    return complex_product(x, np.exp(1j * angles), layout)
 
 
 def rotated(x, angles, layout):
@@ -55,12 +59,17 @@ def test_pairs_turn_as_complex_numbers_do(layout, head_dim, half, dtype, atol):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_narrow_inputs_are_turned_in_float32_and_rounded_once(layout, dtype):
+@pytest.mark.parametrize("narrow_tables", [False, True])
+def test_narrow_inputs_are_turned_in_float32_and_rounded_once(layout, dtype, narrow_tables):
     x = normal(2, 3, 64, 20, dtype=dtype)
     angles = 10 * normal(64, 8, seed=1)
-    actual = rotate_pairs(x, angles.cos().float(), angles.sin().float(), layout=layout)
+    cos, sin = (
+        t.to(dtype if narrow_tables else torch.float32) for t in (angles.cos(), angles.sin())
+    )
+    actual = rotate_pairs(x, cos, sin, layout=layout)
     assert actual.dtype == dtype
-    exact = torch.from_numpy(complex_rotation(x, angles.numpy(), layout))
+    factors = cos.double().numpy() + 1j * sin.double().numpy()
+    exact = torch.from_numpy(complex_product(x, factors, layout))
     # A product rounded to half precision on the way would miss every second entry.
     assert (actual == exact.to(dtype)).double().mean() > 0.995
     spacing = torch.finfo(dtype).eps

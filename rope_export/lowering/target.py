@@ -56,8 +56,8 @@ class Target:
         implied = position_ids is None and not shifted
         if position_ids is None and shifted and attention.rope is not None:
             position_ids = attention.rope.implied_positions(length, offset)
-        if position_ids is not None and position_ids.ndim == 1:
-            position_ids = position_ids.unsqueeze(0).expand(batch, length)
+        if position_ids is not None:
+            position_ids = _one_row_each(position_ids, batch, length)
         dtype = str(hidden_states.dtype).removeprefix("torch.")
         choice = rules.choose(
             self.name,
@@ -68,6 +68,12 @@ class Target:
 
     def rotate(self, rope: RotaryEmbedding, x: Tensor, position_ids: Tensor) -> Tensor:
         """Emit the rotation of ``[B, H, S, D]`` heads by ``[S]`` or ``[B, S]`` positions."""
-        if position_ids.ndim == 1:
-            position_ids = position_ids.unsqueeze(0).expand(x.shape[0], x.shape[2])
-        return _ROTATE[self.name](rope, x, position_ids)
+        return _ROTATE[self.name](rope, x, _one_row_each(position_ids, x.shape[0], x.shape[2]))
+
+
+def _one_row_each(position_ids: Tensor, batch: int, length: int) -> Tensor:
+    """Positions shared by the batch, ``[S]`` or ``[1, S]``, as ``[B, S]``."""
+    shared = position_ids.ndim == 1 or (
+        isinstance(position_ids.shape[0], int) and position_ids.shape[0] == 1
+    )
+    return position_ids.expand(batch, length) if shared else position_ids

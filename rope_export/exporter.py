@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch._dynamo.exc import UserError
 
 import rope_export
 from rope_export import artifact, graph, runtime
@@ -22,7 +23,7 @@ from rope_export.lowering.target import Target
 from rope_export.plan import Plan
 from rope_export.report import Report
 from rope_export.trial import OUTPUT, Progress, Trial, silent
-from rope_export.validate import make_trials, prove
+from rope_export.validator import make_trials, prove
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -196,7 +197,7 @@ def build_model(block: Attention, plan: Plan) -> tuple[ir.Model, rules.Choice]:
                 dynamic_shapes=dict.fromkeys(names, dims),
                 strict=False,
             )
-        except torch._dynamo.exc.UserError as error:
+        except UserError as error:
             raise ExportError(
                 f"torch.export narrowed an axis: {str(error).splitlines()[0]}"
             ) from error
@@ -269,6 +270,8 @@ def describe_block(block: Attention) -> dict[str, Any]:
         else {
             "dim": rope.dim,
             "theta": rope.theta,
+            # Loaded or trained frequencies have no base; they are listed instead.
+            "inv_freq": None if rope.theta is not None else rope.inv_freq.tolist(),
             "layout": rope.layout,
             "max_seq_len": rope.max_seq_len,
         },

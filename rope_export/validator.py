@@ -15,7 +15,7 @@ from rope_export.trial import Progress, Trial, run_providers, silent
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
-    from rope_export.export import ExportResult
+    from rope_export.exporter import ExportResult
 
 _MEMORY_SHARE = 0.8
 _SENSITIVITY_LENGTH = 64

@@ -1,0 +1,323 @@
+"""The command line as scripts see it: exit codes, one line of error, nothing half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import COMMAND, SMALL
+
+BLOCK = ("block", *SMALL)
+
+
+def error_line(result: subprocess.CompletedProcess[str]) -> str:
+    lines = [line for line in result.stderr.splitlines() if line.startswith("rope-export: error: ")]
+    assert len(lines) == 1, result.stderr
+    assert "Traceback" not in result.stderr
+    return lines[0]
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_block_then_validate(cli, tmp_path):
+    result = cli(*BLOCK)
+    assert result.returncode == 0, result.stderr
+    assert "PASSED: 5 comparisons" in result.stdout
+    assert "com.microsoft::GroupQueryAttention" in result.stdout
+    assert "rope-export validate exported/block" in result.stdout
+    assert " s  cpu: longest [1, 48]" in result.stderr
+    files = {p.name for p in (tmp_path / "exported/block").iterdir()}
+    vectors = {f"test_data_set_{k}" for k in range(5)}
+    assert files == {"model.onnx", "config.json", "report.json", "report.md"} | vectors
+    replayed = cli("validate", "exported/block")
+    assert replayed.returncode == 0, replayed.stderr
+    assert "PASSED: 5 comparisons" in replayed.stdout
+
+
+def test_json_is_the_only_thing_on_stdout_and_is_the_report(cli, tmp_path):
+    result = cli(*BLOCK, "--json")
+    document = json.loads(result.stdout)
+    assert document.pop("path") == "exported/block"
+    assert document == json.loads((tmp_path / "exported/block/report.json").read_text())
+    assert document["passed"] is True
+    assert document["providers"]["cpu"]["status"] == "ok"
+    assert document["providers"]["cpu"]["nodes"] == {"CPUExecutionProvider": 10}
+    assert document["graph"]["ops"]["com.microsoft::GroupQueryAttention"] == 1
+    shapes = {(c["batch"], c["sequence"]) for c in document["cases"]}
+    assert shapes == {(1, 1), (1, 13), (3, 33), (1, 25), (1, 48)}
+    for case in document["cases"]:
+        assert case["rel_error"] <= case["tolerance"]
+        assert case["past"] == 0
+    assert document["environment"]["tf32"] is False
+    replayed = json.loads(cli("validate", "exported/block", "--json").stdout)
+    assert replayed["passed"] is True
+    assert len(replayed["cases"]) == len(document["cases"])
+
+
+def test_the_same_command_gives_the_same_bytes(cli, tmp_path):
+    for seed in ("1", "2"):
+        folder = tmp_path / seed
+        folder.mkdir()
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        assert cli(*BLOCK, cwd=folder, env=environment).returncode == 0
+    assert tree(tmp_path / "1") == tree(tmp_path / "2")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--seq", "0"), ("--seq", "0")),
+        (("--hidden", "-4"), ("--hidden", "-4")),
+        (("--hidden", "1.5"), ("--hidden", "1.5")),
+        (("--heads", "16", "--kv-heads", "3", "--hidden", "64"), ("--kv-heads", "16 and 3")),
+        (("--hidden", "100", "--heads", "16", "--kv-heads", "16"), ("--hidden", "100 and 16")),
+        (("--head-dim", "15"), ("--head-dim", "15")),
+        (("--rotary-dim", "7"), ("--rotary-dim", "7")),
+        (("--rotary-dim", "32"), ("--rotary-dim", "32 and 16")),
+        (("--theta", "nan"), ("--theta", "nan")),
+        (("--theta", "inf"), ("--theta", "inf")),
+        (("--theta", "0"), ("--theta", "0.0")),
+        (("--theta=-1",), ("--theta", "-1.0")),
+        (("--dtype", "int8"), ("--dtype", "int8", "float16")),
+        (("--dtype", "bfloat16"), ("--dtype bfloat16", "no bfloat16 kernel", "cuda alone")),
+        (("--provider", "tpu"), ("--provider", "tpu", "cuda")),
+        (("--target", "tflite"), ("--target", "tflite", "primitive")),
+        (("--layout", "mixed"), ("--layout", "mixed", "interleaved")),
+        (("--batch", "2"), ("--batch 2", "--static")),
+        (("--hidden", "1048576", "--heads", "16384", "--kv-heads", "1"), ("--hidden", "GiB")),
+        (("--out", "a-file"), ("a-file", "not a folder")),
+        (("--out", "a-file/below"), ("a-file/below", "not a folder")),
+        (("--out", "."), ("holds", "would be lost")),
+        (("--out", "/proc/nowhere"), ("/proc/nowhere", "cannot be written")),
+        (("--no-such-option",), ("--no-such-option",)),
+        (("surplus",), ("surplus",)),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(cli, tmp_path, arguments, says):
+    (tmp_path / "a-file").write_text("precious")
+    result = cli(*BLOCK, *arguments)
+    assert result.returncode == 2, result.stderr
+    line = error_line(result)
+    for part in says:
+        assert part in line
+    assert result.stdout == ""
+    assert tree(tmp_path) == {"a-file": b"precious"}
+
+
+def test_a_provider_that_does_not_load_is_exit_3(cli, tmp_path, without_cuda):
+    result = cli(*BLOCK, "--provider", "cuda")
+    assert result.returncode == 3
+    assert without_cuda in error_line(result)
+    assert tree(tmp_path) == {}
+    assert cli(*BLOCK).returncode == 0
+    replayed = cli("validate", "exported/block", "--provider", "cuda")
+    assert replayed.returncode == 3
+    assert without_cuda in error_line(replayed)
+
+
+@pytest.mark.usefixtures("without_cuda")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_graph_for_cuda_can_be_made_without_cuda(cli, tmp_path, dtype):
+    result = cli(*BLOCK, "--provider", "cuda", "--dtype", dtype, "--no-validate")
+    assert result.returncode == 0, result.stderr
+    assert "NOT VALIDATED" in result.stdout
+    report = json.loads((tmp_path / "exported/block/report.json").read_text())
+    assert report["passed"] is False
+    assert report["validated"] is False
+    assert report["graph"]["providers"] == ["cuda"]
+    assert report["graph"]["ops"]["com.microsoft::GroupQueryAttention"] == 1
+    replayed = cli("validate", "exported/block")
+    if (
+        dtype == "float16"
+    ):  # the same operator exists on the CPU: CUDA is unavailable, the CPU proves
+        assert replayed.returncode == 0, replayed.stderr
+        assert "unavailable: onnxruntime" in replayed.stdout
+    else:
+        assert replayed.returncode == 3
+        assert "no bfloat16 kernel" in error_line(replayed)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("during", ["tracing", "cpu: longest"])
+def test_an_interruption_keeps_the_earlier_artifact_and_nothing_else(tmp_path, cli, signum, during):
+    assert cli(*BLOCK).returncode == 0
+    before = tree(tmp_path)
+    process = subprocess.Popen(
+        [*COMMAND, "block", "--seq", "32768"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    assert any(during in line for line in process.stderr)
+    time.sleep(0.5)  # into the kernel
+    process.send_signal(signum)
+    started = time.monotonic()
+    _, rest = process.communicate(timeout=60)
+    assert process.returncode == 128 + signum
+    assert "interrupted; nothing was written" in rest
+    assert time.monotonic() - started < 30  # the kernel alone runs on for minutes at this length
+    assert tree(tmp_path) == before
+
+
+def test_a_full_disk_keeps_the_earlier_artifact_and_nothing_else(cli, tmp_path):
+    assert cli(*BLOCK).returncode == 0
+    before = tree(tmp_path)
+
+    def small_files_only() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    result = cli(*BLOCK, preexec_fn=small_files_only)
+    assert result.returncode == 2, result.stderr
+    assert "nothing was written" in error_line(result)
+    assert tree(tmp_path) == before
+
+
+def test_an_earlier_artifact_is_replaced_whole(cli, tmp_path):
+    assert cli(*BLOCK, "--target", "primitive").returncode == 0
+    assert cli(*BLOCK, "--static").returncode == 0
+    names = {p.name for p in (tmp_path / "exported/block").iterdir()}
+    assert {n for n in names if n.startswith("test_data")} == {"test_data_set_0", "test_data_set_1"}
+    assert [p.name for p in (tmp_path / "exported").iterdir()] == ["block"]
+
+
+def damage_missing(folder: Path) -> str:
+    (folder / "model.onnx").unlink()
+    return "model.onnx: missing"
+
+
+def damage_truncated(folder: Path) -> str:
+    file = folder / "model.onnx"
+    file.write_bytes(file.read_bytes()[:-100])
+    return "model.onnx: altered or truncated"
+
+
+def damage_vector(folder: Path) -> str:
+    file = folder / "test_data_set_1/output_0.pb"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    return "test_data_set_1/output_0.pb: altered or truncated"
+
+
+def damage_config(folder: Path) -> str:
+    (folder / "config.json").write_text("{")
+    return "config.json: not readable JSON"
+
+
+def damage_config_type(folder: Path) -> str:
+    (folder / "config.json").write_text("[]")
+    return "config.json: must hold a JSON object, got list"
+
+
+def damage_config_content(folder: Path) -> str:
+    (folder / "config.json").write_text('{"format": 1, "files": {}}')
+    return "config.json: not an artifact's configuration"
+
+
+def damage_format(folder: Path) -> str:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"format": 99}))
+    return "format 99, this version reads 1"
+
+
+def damage_all(folder: Path) -> str:
+    shutil.rmtree(folder)
+    return "does not exist"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_missing,
+        damage_truncated,
+        damage_vector,
+        damage_config,
+        damage_config_type,
+        damage_config_content,
+        damage_format,
+        damage_all,
+    ],
+)
+def test_a_damaged_artifact_is_named_and_exit_2(cli, tmp_path, artifact_of_block, damage):
+    folder = Path(shutil.copytree(artifact_of_block.path, tmp_path / "block"))
+    expected = damage(folder)
+    result = cli("validate", "block")
+    assert result.returncode == 2
+    assert expected in error_line(result)
+
+
+def test_a_graph_that_differs_from_its_vectors_is_exit_1(cli, tmp_path, artifact_of_block):
+    """A model exchanged together with its checksum: only running it can tell."""
+    import hashlib
+
+    import mutants
+    import onnx
+
+    folder = Path(shutil.copytree(artifact_of_block.path, tmp_path / "block"))
+    model = onnx.load(folder / "model.onnx")
+    mutants.sine_negated(model)
+    onnx.save(model, folder / "model.onnx")
+    config = json.loads((folder / "config.json").read_text())
+    config["files"]["model.onnx"] = hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config))
+    result = cli("validate", "block")
+    assert result.returncode == 1
+    assert "FAILED" in result.stdout
+    assert json.loads(cli("validate", "block", "--json").stdout)["passed"] is False
+
+
+def test_validate_needs_no_torch(tmp_path, artifact_of_block):
+    code = (
+        "import sys; sys.modules['torch'] = None\n"  # any import of torch now fails
+        "from rope_export._cli import run\n"
+        f"run(['validate', {str(artifact_of_block.path)!r}, '--json'])"
+    )
+    command = [COMMAND[0], "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["environment"]["torch"] is None
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("block", "--help"), ("validate", "--help")])
+def test_help_answers_without_heavy_imports(tmp_path, arguments):
+    code = (
+        "import sys\n"
+        "heavy = ('torch', 'onnx', 'onnxruntime', 'numpy')\n"
+        "for name in heavy: sys.modules[name] = None\n"
+        "from rope_export._cli import run\n"
+        f"run({list(arguments)!r})"
+    )
+    command = [COMMAND[0], "-c", code]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "Usage: rope-export" in result.stdout
+    if arguments != ("--help",):
+        assert "Example" in result.stdout
+
+
+def test_no_command_shows_the_help(cli):
+    result = cli()
+    assert result.returncode == 2
+    assert "Commands:" in result.stderr
+
+
+@pytest.fixture
+def without_cuda() -> str:
+    """Why CUDA is unavailable here; on a machine with CUDA these tests have nothing to say."""
+    from rope_export import runtime
+
+    reason = runtime.unavailable_reason("cuda")
+    assert reason is not None, "run the tests of missing CUDA on a machine without it"
+    return " ".join(reason.split())

@@ -1,0 +1,261 @@
+"""`export`: the operators asked for, axes that stay dynamic, nothing of this machine inside."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import mutants
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx.reference import ReferenceEvaluator
+
+from rope_export import Attention, BadInputError, ExportError, RotaryEmbedding, export, exporter
+from rope_export.lowering import rules
+from rope_export.plan import Plan
+from rope_export.reference import attention_truth
+
+FUSED = {
+    "ort": {"com.microsoft::GroupQueryAttention": 1, "MatMul": 2},
+    "onnx": {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 4},
+    "primitive": {"Softmax": 1, "MatMul": 6},
+}
+KINDS = {"Attention", "RotaryEmbedding", "MatMul", "Softmax"}
+
+
+def notable(ops: dict[str, int]) -> dict[str, int]:
+    return {name: n for name, n in ops.items() if "::" in name or name in KINDS}
+
+
+def axes(value: onnx.ValueInfoProto) -> list[str | int]:
+    return [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+
+
+@pytest.mark.parametrize("target", rules.TARGETS)
+def test_operators_interface_and_versions(tmp_path, target):
+    result = export(mutants.block(), tmp_path / "block", target=target)
+    assert notable(result.ops) == FUSED[target]
+    model = onnx.load(result.model)
+    assert model.ir_version <= 11
+    (opset,) = [o.version for o in model.opset_import if o.domain == ""]
+    assert opset == rules.OPSETS[target] <= 24
+    ((name, shape),) = [(v.name, axes(v)) for v in model.graph.input]
+    assert (name, shape) == ("hidden_states", ["batch", "sequence", mutants.HIDDEN])
+    ((name, shape),) = [(v.name, axes(v)) for v in model.graph.output]
+    assert (name, shape) == ("output", ["batch", "sequence", mutants.HIDDEN])
+    if target != "ort":
+        onnx.checker.check_model(model, full_check=True)
+
+
+@pytest.mark.parametrize("target", rules.TARGETS)
+def test_nothing_of_this_machine_is_inside(tmp_path, target):
+    result = export(mutants.block(), tmp_path / "block", target=target)
+    model = onnx.load(result.model)
+    text = re.sub(rb"[^ -~]+", b"\n", result.model.read_bytes()).decode()
+    for place in (str(Path.cwd()), str(Path.home()), str(tmp_path), "site-packages", ".py", "pkg."):
+        assert place not in text
+    for part in (model, model.graph, *model.graph.node, *model.graph.initializer):
+        assert not part.metadata_props
+        assert not part.doc_string
+
+
+@pytest.mark.parametrize("position_ids", [False, True])
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+@pytest.mark.parametrize("target", ["onnx", "primitive"])
+def test_onnx_reference_evaluator_agrees(tmp_path, target, layout, position_ids):
+    """ONNX's own executable specification, independent of onnxruntime's kernels."""
+    block = mutants.block(layout=layout, rotary_dim=8, qkv_bias=True)
+    result = export(block, tmp_path / "block", target=target, position_ids=position_ids)
+    rng = np.random.default_rng(3)
+    x = rng.standard_normal((2, 11, mutants.HIDDEN)).astype(np.float32)
+    feed, ids = {"hidden_states": x}, None
+    if position_ids:
+        feed["position_ids"] = rng.integers(0, mutants.LONGEST, (2, 11))
+        ids = torch.from_numpy(feed["position_ids"])
+    (output,) = ReferenceEvaluator(str(result.model)).run(None, feed)
+    truth = attention_truth(block, torch.from_numpy(x), position_ids=ids)
+    np.testing.assert_allclose(output, truth.numpy(), rtol=1e-4, atol=2e-6)
+
+
+# One row for each way a feature meets a target; operators that must and must not occur.
+VARIANTS = [
+    ("ort", {}, {}, {"com.microsoft::GroupQueryAttention": 1, "MatMul": 2}),
+    ("ort", {"num_kv_heads": 1}, {}, {"com.microsoft::GroupQueryAttention": 1, "MatMul": 2}),
+    ("ort", {"num_kv_heads": 4}, {}, {"com.microsoft::GroupQueryAttention": 1, "MatMul": 2}),
+    ("ort", {"layout": "interleaved"}, {}, {"com.microsoft::GroupQueryAttention": 1, "MatMul": 2}),
+    ("ort", {"qkv_bias": True}, {}, {"com.microsoft::GroupQueryAttention": 1, "MatMul": 2}),
+    (
+        "ort",
+        {"head_dim": 40},
+        {},
+        {"com.microsoft::GroupQueryAttention": 1, "RotaryEmbedding": 2, "MatMul": 4},
+    ),
+    (
+        "ort",
+        {"rotary_dim": 8},
+        {},
+        {"com.microsoft::GroupQueryAttention": 1, "RotaryEmbedding": 2, "MatMul": 4},
+    ),
+    (
+        "ort",
+        {},
+        {"position_ids": True},
+        {"com.microsoft::GroupQueryAttention": 1, "RotaryEmbedding": 2, "MatMul": 4},
+    ),
+    (
+        "ort",
+        {"causal": False},
+        {},
+        {"com.microsoft::MultiHeadAttention": 1, "RotaryEmbedding": 2, "MatMul": 4},
+    ),
+    ("ort", {"head_dim": 12}, {}, {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 4}),
+    ("onnx", {"head_dim": 2}, {}, {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 4}),
+    ("onnx", {"causal": False}, {}, {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 4}),
+    ("onnx", {}, {"position_ids": True}, {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 4}),
+    ("onnx", {"rotary_dim": 4}, {}, {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 4}),
+    ("primitive", {"causal": False, "layout": "interleaved"}, {}, {"Softmax": 1, "MatMul": 6}),
+    ("primitive", {"rotary_dim": 4}, {"position_ids": True}, {"Softmax": 1, "MatMul": 6}),
+]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(("target", "shape", "options", "ops"), VARIANTS)
+def test_variants_lower_as_ruled_and_are_proven(tmp_path, target, shape, options, ops, dtype):
+    block = mutants.block(dtype, **shape)
+    result = export(block, tmp_path / "block", target=target, validate=True, **options)
+    assert notable(result.ops) == ops
+    assert result.report.passed, result.report.to_markdown()
+
+
+@pytest.mark.parametrize("target", rules.TARGETS)
+@pytest.mark.parametrize("longest", [1, 2, 3, 7])
+def test_short_tables(tmp_path, target, longest):
+    result = export(
+        mutants.block(max_seq_len=longest), tmp_path / "block", target=target, validate=True
+    )
+    assert result.report.passed
+    assert max(case.sequence for case in result.report.cases) == longest
+
+
+@pytest.mark.parametrize("target", rules.TARGETS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_static_graphs_have_one_shape(tmp_path, target, batch):
+    result = export(
+        mutants.block(), tmp_path / "block", target=target, static=True, batch=batch, validate=True
+    )
+    assert result.report.passed
+    model = onnx.load(result.model)
+    assert axes(model.graph.input[0]) == [batch, mutants.LONGEST, mutants.HIDDEN]
+    assert axes(model.graph.output[0]) == [batch, mutants.LONGEST, mutants.HIDDEN]
+
+
+@pytest.mark.parametrize("target", rules.TARGETS)
+def test_a_block_without_rope_and_one_without_a_table(tmp_path, target):
+    torch.manual_seed(0)
+    for name, rope in (("none", None), ("composed", RotaryEmbedding(16, layout="half"))):
+        block = Attention(64, 4, num_kv_heads=2, head_dim=16, rope=rope)
+        result = export(block, tmp_path / name, target=target, max_seq_len=40, validate=True)
+        assert result.report.passed, result.report.to_markdown()
+
+
+def test_training_mode_and_warm_calls_leave_no_trace(tmp_path):
+    block = mutants.block()
+    cold = export(block, tmp_path / "cold").model.read_bytes()
+    block.train()
+    block(torch.randn(1, 9, mutants.HIDDEN))
+    warm = export(block, tmp_path / "warm").model.read_bytes()
+    assert block.training
+    assert cold == warm
+
+
+class LengthBaked(Attention):
+    """Reads the length once too often: a length of eight or more takes another path."""
+
+    def forward(self, hidden_states, *, position_ids=None, offset=0):
+        if hidden_states.shape[1] > 7:
+            hidden_states = hidden_states * 2
+        return super().forward(hidden_states, position_ids=position_ids, offset=offset)
+
+
+class BatchBaked(Attention):
+    """A reshape that fixes the batch."""
+
+    def forward(self, hidden_states, *, position_ids=None, offset=0):
+        hidden_states = hidden_states.reshape(2, -1, self.hidden_size)
+        return super().forward(hidden_states, position_ids=position_ids, offset=offset)
+
+
+@pytest.mark.parametrize("kind", [LengthBaked, BatchBaked])
+def test_an_axis_that_does_not_stay_dynamic_fails_the_export(tmp_path, kind):
+    rope = RotaryEmbedding(16, layout="half", max_seq_len=64)
+    block = kind(64, 4, head_dim=16, rope=rope)
+    with pytest.raises(ExportError, match="narrowed an axis"):
+        export(block, tmp_path / "block")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Doubling(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    ("dims", "says"),
+    [
+        ({0: torch.export.Dim("b", min=1, max=100)}, "axis 1 of x was to be dynamic"),
+        (
+            {0: torch.export.Dim("b", min=1, max=100), 1: torch.export.Dim("s", min=1, max=50)},
+            "axis 1 of x was to serve 1 … 64 and came out as 1 … 50",
+        ),
+        (
+            {0: torch.export.Dim("b", min=2, max=100), 1: torch.export.Dim("s", min=1, max=64)},
+            "axis 0 of x was to serve 1 … 100 and came out as 2 … 100",
+        ),
+    ],
+)
+def test_ranges_are_checked_against_what_was_asked(dims, says):
+    program = torch.export.export(Doubling(), (torch.ones(3, 5),), dynamic_shapes={"x": dims})
+    with pytest.raises(ExportError, match=re.escape(says)):
+        exporter.check_ranges(program, ["x"], {0: 100, 1: 64})
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"target": "tflite"}, "target must be one of ort, onnx, primitive, got 'tflite'"),
+        ({"providers": ["tpu"]}, "providers must be some of cpu, cuda, got 'tpu'"),
+        ({"providers": []}, "providers must be some of cpu, cuda, got none"),
+        ({"max_seq_len": 0}, "max_seq_len must be at least 1, got 0"),
+        ({"max_seq_len": 49}, "at most the 48 positions .*got 49"),
+        ({"batch": 2}, "batch is for static graphs.*batch=2"),
+        ({"batch": 0, "static": True}, "batch must be at least 1, got 0"),
+    ],
+)
+def test_arguments_are_checked_before_anything_is_written(tmp_path, options, says):
+    with pytest.raises(BadInputError, match=says):
+        export(mutants.block(), tmp_path / "block", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mixed_dtypes_are_refused(tmp_path):
+    block = mutants.block()
+    block.o_proj.half()
+    with pytest.raises(BadInputError, match=r"one dtype .* got float16, float32"):
+        export(block, tmp_path / "block")
+
+
+def test_a_plan_survives_its_configuration():
+    plan = Plan.checked(
+        mutants.block(),
+        target="onnx",
+        providers=["cpu", "cuda", "cpu"],
+        max_seq_len=None,
+        position_ids=True,
+        static=False,
+        batch=1,
+        seed=5,
+    )
+    assert plan.providers == ("cpu", "cuda")
+    assert Plan.from_json(plan.to_json()) == plan

@@ -1,0 +1,74 @@
+"""The validator passes what is right and fails what is wrong, in every target and dtype."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import mutants
+import onnx
+import pytest
+
+from rope_export import BadInputError, ExportResult, export, replay, validate
+from rope_export.lowering import rules
+
+TARGETS = rules.TARGETS
+DTYPES = ("float32", "float16")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], ExportResult]:
+    root = tmp_path_factory.mktemp("exported")
+    return {
+        (target, dtype): export(
+            mutants.block(dtype), root / f"{target}-{dtype}", target=target, validate=True
+        )
+        for target in TARGETS
+        for dtype in DTYPES
+    }
+
+
+def copied(result: ExportResult, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(result.path, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_right_graph_passes(exported, target, dtype):
+    report = exported[target, dtype].report
+    assert report.passed
+    assert report.providers["cpu"].status == "ok"
+    assert set(report.providers["cpu"].nodes) == {"CPUExecutionProvider"}
+    again = validate(exported[target, dtype], mutants.block(dtype))
+    assert again.passed
+    assert [c.errors for c in again.cases] == [c.errors for c in report.cases]
+
+
+@pytest.mark.parametrize("mutate", mutants.GRAPH_MUTANTS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_wrong_graph_fails(exported, target, dtype, mutate, tmp_path):
+    folder = copied(exported[target, dtype], tmp_path)
+    model = onnx.load(folder / "model.onnx")
+    mutate(model)
+    onnx.save(model, folder / "model.onnx")
+    report = validate(folder, mutants.block(dtype))
+    assert not report.passed
+    assert report.providers["cpu"].status == "ok"
+    failed = [case for case in report.cases if not case.passed]
+    refused = mutate in mutants.REFUSED_BY_THE_RUNTIME
+    assert all((case.reason is not None) == refused for case in failed)
+    # On the deployment machine the same graph is refused before it runs.
+    with pytest.raises(BadInputError, match=r"model\.onnx: altered"):
+        replay(folder)
+
+
+@pytest.mark.parametrize("mutate", mutants.BLOCK_MUTANTS, ids=lambda m: m.__name__)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_graph_of_a_wrong_block_fails(target, dtype, mutate, tmp_path):
+    right = mutants.block(dtype)
+    wrong = mutants.mutated(right, mutate)
+    result = export(wrong, tmp_path / "wrong", target=target)
+    assert not validate(result, right).passed
+    assert validate(result, wrong).passed
