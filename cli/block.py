@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from . import show
-from .options import json_option, provider_option
+from .options import JsonObject, json_option, provider_option
 
 # How the library's parameters are called here; error messages are translated with it.
 PARAMETERS = {
@@ -21,6 +21,7 @@ PARAMETERS = {
     "rotary_dim": "--rotary-dim",
     "dim": "--rotary-dim",
     "theta": "--theta",
+    "scaling": "--scaling",
     "layout": "--layout",
     "target": "--target",
     "dtype": "--dtype",
@@ -38,6 +39,7 @@ _LONGEST, _WIDEST, _MOST_HEADS, _WIDEST_HEAD, _MOST_ROWS = 2**24, 2**20, 2**14, 
 Examples:
   rope-export block --seq 4096
   rope-export block --hidden 4096 --heads 32 --kv-heads 8 --theta 500000 --dtype float16
+  rope-export block --seq 131072 --theta 500000 --scaling @rope_parameters.json
   rope-export block --seq 8192 --target onnx --layout interleaved --out exported/standard"""
 )
 @click.option(
@@ -73,7 +75,15 @@ Examples:
     default=None,
     help="Width of one head.  [default: --hidden / --heads]",
 )
-@click.option("--theta", type=float, default=10000.0, show_default=True, help="Base of the RoPE.")
+@click.option("--theta", type=float, default=None, help="Base of the RoPE.  [default: 10000]")
+@click.option(
+    "--scaling",
+    type=JsonObject(),
+    default=None,
+    metavar="JSON|@FILE",
+    help="Hugging Face rope_parameters or rope_scaling: default, linear, llama3, ntk, proportional "
+    'or yarn, for example \'{"rope_type": "yarn", "factor": 4}\'.',
+)
 @click.option(
     "--rotary-dim",
     type=click.IntRange(1, _WIDEST_HEAD),
@@ -142,7 +152,8 @@ def block(
     heads: int,
     kv_heads: int | None,
     head_dim: int | None,
-    theta: float,
+    theta: float | None,
+    scaling: dict[str, Any] | None,
     rotary_dim: int | None,
     layout: str,
     qkv_bias: bool,
@@ -183,6 +194,7 @@ def block(
         "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "theta": theta,
+        "scaling": scaling,
         "rotary_dim": rotary_dim,
         "layout": layout,
         "max_seq_len": seq,

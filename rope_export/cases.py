@@ -182,6 +182,8 @@ def sensitivities(block: Attention, *, length: int, seed: int) -> dict[str, floa
         other = "interleaved" if meaning.layout == "half" else "half"
         defects["sine negated"] = replace(meaning, inv_freq=-meaning.inv_freq)
         defects["queries one position late"] = replace(meaning, query_shift=1)
+        if meaning.attention_factor != 1:
+            defects["attention factor dropped"] = replace(meaning, attention_factor=1.0)
         if meaning.inv_freq.shape[0] > 1:
             defects["other pairing"] = replace(meaning, layout=other)
     defects["causal mask flipped"] = replace(meaning, causal=not meaning.causal)

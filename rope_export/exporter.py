@@ -273,6 +273,8 @@ def describe_block(block: Attention) -> dict[str, Any]:
             # Loaded or trained frequencies have no base; they are listed instead.
             "inv_freq": None if rope.theta is not None else rope.inv_freq.tolist(),
             "layout": rope.layout,
+            "scaling": rope.scaling,
+            "attention_factor": rope.attention_factor,
             "max_seq_len": rope.max_seq_len,
         },
     }

@@ -1,4 +1,4 @@
-"""Inverse frequencies and cos/sin tables: pure functions, computed in float64.
+"""Inverse frequencies of every RoPE type, and cos/sin tables: pure functions, in float64.
 
 Everything here runs on the host from Python scalars and is rounded once, at the end, so a
 table row is as exact at position 16 million as at position 1.
@@ -7,6 +7,9 @@ table row is as exact at position 16 million as at position 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,16 +45,236 @@ def default_inv_freq(dim: int, theta: float) -> Tensor:
     return theta**-exponents
 
 
-def cos_sin_table(inv_freq: Tensor, length: int) -> tuple[Tensor, Tensor]:
+def cos_sin_table(
+    inv_freq: Tensor, length: int, attention_factor: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Cosines and sines of positions ``0 … length - 1``.
 
     Args:
         inv_freq: ``[r / 2]`` float64.
         length: number of rows.
+        attention_factor: multiplies both.
 
     Returns:
         two ``[length, r / 2]`` float32 tables, each entry the float64 value rounded once.
     """
     positions = torch.arange(length, dtype=torch.float64, device="cpu")
     angles = torch.outer(positions, inv_freq.to("cpu", torch.float64))
-    return angles.cos().to(torch.float32), angles.sin().to(torch.float32)
+    cos, sin = angles.cos() * attention_factor, angles.sin() * attention_factor
+    return cos.to(torch.float32), sin.to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """What a RoPE type comes down to.
+
+    Attributes:
+        inv_freq: ``[dim / 2]`` float64, in radians per position.
+        attention_factor: multiplies cosines and sines (and so the scores by its square).
+    """
+
+    inv_freq: Tensor
+    attention_factor: float = 1.0
+
+
+class Parameters:
+    """A ``rope_parameters`` object while it is read: every field checked, none left over."""
+
+    def __init__(self, content: Mapping[str, Any], rope_type: str) -> None:
+        self.rope_type = rope_type
+        self._content = dict(content)
+        self._read: set[str] = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+
+    def number(
+        self, name: str, default: float | None = None, *, at_least: float | None = None
+    ) -> float:
+        """A finite number, above zero or ``at_least`` the limit; required without a default."""
+        value = self._content.get(name)
+        self._read.add(name)
+        if value is None:
+            if default is None:
+                raise BadInputError(f"scaling of rope_type {self.rope_type!r} needs {name!r}")
+            return default
+        limit = "above 0" if at_least is None else f"of at least {at_least:g}"
+        fits = (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+            and (value > 0 if at_least is None else value >= at_least)
+        )
+        if not fits:
+            raise BadInputError(f"scaling[{name!r}] must be a finite number {limit}, got {value!r}")
+        return float(value)
+
+    def optional(self, name: str, *, at_least: float | None = None) -> float | None:
+        """A number as `number` has it, or None."""
+        self._read.add(name)
+        return None if self._content.get(name) is None else self.number(name, at_least=at_least)
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false."""
+        value = self._content.get(name, default)
+        self._read.add(name)
+        if not isinstance(value, bool):
+            raise BadInputError(f"scaling[{name!r}] must be true or false, got {value!r}")
+        return value
+
+    def finish(self) -> None:
+        """Refuse what no one asked for: a misspelt field would silently change the model."""
+        unknown = sorted(set(self._content) - self._read)
+        if unknown:
+            raise BadInputError(
+                f"scaling of rope_type {self.rope_type!r} has no field {unknown[0]!r}; "
+                f"it takes {', '.join(sorted(self._read - {'type'}))}"
+            )
+
+
+Rule = Callable[[int, float, Parameters, "int | None"], Frequencies]
+
+
+def _default(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
+    del p, longest
+    return Frequencies(default_inv_freq(dim, theta))
+
+
+def _linear(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
+    """Position interpolation: Chen et al., "Extending Context Window …" (2023), equation 4."""
+    del longest
+    return Frequencies(default_inv_freq(dim, theta) / p.number("factor", at_least=1.0))
+
+
+def _ntk(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
+    """Static NTK-aware scaling of the base (bloc97, 2023), as rotary-embedding-torch has it."""
+    del longest
+    factor = p.number("factor", at_least=1.0)
+    if dim < 4:
+        raise BadInputError(f"scaling of rope_type 'ntk' needs a dim of at least 4, got {dim}")
+    return Frequencies(default_inv_freq(dim, theta * factor ** (dim / (dim - 2))))
+
+
+def _original_length(p: Parameters, longest: int | None) -> float:
+    """The trained length; without it, the length served, as Hugging Face configurations have it."""
+    served = p.optional("max_position_embeddings", at_least=1.0)
+    default = served if served is not None else longest
+    return p.number(
+        "original_max_position_embeddings",
+        None if default is None else float(default),
+        at_least=1.0,
+    )
+
+
+def _yarn(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
+    """Peng et al., "YaRN" (2023), section 3.2, with DeepSeek's ``mscale`` pair."""
+    original = _original_length(p, longest)
+    served = p.optional("max_position_embeddings", at_least=1.0)
+    factor = p.number("factor", None if served is None else served / original, at_least=1.0)
+    beta_fast, beta_slow = p.number("beta_fast", 32.0), p.number("beta_slow", 1.0)
+    mscale, all_dim = (p.optional(name, at_least=0.0) for name in ("mscale", "mscale_all_dim"))
+    attention_factor = p.optional("attention_factor")
+    if beta_fast < beta_slow:
+        raise BadInputError(
+            f"scaling['beta_fast'] must be at least scaling['beta_slow'], "
+            f"got {beta_fast:g} and {beta_slow:g}"
+        )
+    if theta == 1.0:
+        raise BadInputError("scaling of rope_type 'yarn' needs a theta other than 1, got 1.0")
+
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if attention_factor is None:
+        paired = bool(mscale and all_dim)
+        attention_factor = (
+            magnitude(mscale or 0.0) / magnitude(all_dim or 0.0) if paired else magnitude(1.0)
+        )
+
+    def channel(rotations: float) -> float:
+        """The channel that turns so often over the trained length."""
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = channel(beta_fast), channel(beta_slow)
+    if p.flag("truncate", default=True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    channels = torch.arange(dim // 2, dtype=torch.float64, device="cpu")
+    interpolated = ((channels - low) / (high - low)).clamp(0, 1)
+    inv_freq = default_inv_freq(dim, theta)
+    return Frequencies(
+        inv_freq / factor * interpolated + inv_freq * (1 - interpolated), attention_factor
+    )
+
+
+def _llama3(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
+    """Llama 3.1's own: keep short wavelengths, divide long ones, blend between."""
+    original = _original_length(p, longest)
+    factor = p.number("factor", at_least=1.0)
+    low, high = p.number("low_freq_factor"), p.number("high_freq_factor")
+    if high <= low:
+        raise BadInputError(
+            f"scaling['high_freq_factor'] must be above scaling['low_freq_factor'], "
+            f"got {high:g} and {low:g}"
+        )
+    inv_freq = default_inv_freq(dim, theta)
+    turns = original * inv_freq / (2 * math.pi)  # over the trained length
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return Frequencies((1 - kept) * inv_freq / factor + kept * inv_freq)
+
+
+def _proportional(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
+    """Gemma's: the whole head is paired, a share of the pairs turns, the rest stands still."""
+    del longest
+    share = p.number("partial_rotary_factor", 1.0)
+    if share > 1:
+        raise BadInputError(f"scaling['partial_rotary_factor'] must be at most 1, got {share:g}")
+    inv_freq = default_inv_freq(dim, theta) / p.number("factor", 1.0, at_least=1.0)
+    turning = int(share * dim // 2)
+    return Frequencies(torch.cat((inv_freq[:turning], torch.zeros_like(inv_freq[turning:]))))
+
+
+ROPE_TYPES: dict[str, Rule] = {
+    "default": _default,
+    "linear": _linear,
+    "llama3": _llama3,
+    "ntk": _ntk,
+    "proportional": _proportional,
+    "yarn": _yarn,
+}
+
+
+def frequencies(
+    dim: int, theta: float, scaling: Mapping[str, Any] | None, longest: int | None
+) -> Frequencies:
+    """Frequencies of a RoPE type, by a Hugging Face ``rope_parameters`` or ``rope_scaling`` object.
+
+    Args:
+        dim: rotated width of a head, even.
+        theta: the base; ``scaling["rope_theta"]`` may state the same one.
+        scaling: ``{"rope_type": …, …}`` (``"type"`` in older files), or None for the original RoPE.
+        longest: longest sequence served, the default of ``original_max_position_embeddings``.
+
+    Raises:
+        BadInputError: the type is unknown, or a field is missing, unknown or out of range.
+    """
+    if scaling is None:
+        return Frequencies(default_inv_freq(dim, theta))
+    if not isinstance(scaling, Mapping):
+        raise BadInputError(f"scaling must be an object with a rope_type, got {scaling!r}")
+    names = {scaling[key] for key in ("rope_type", "type") if key in scaling}
+    if len(names) != 1:
+        got = "none" if not names else " and ".join(sorted(map(repr, names)))
+        raise BadInputError(f"scaling must state one rope_type, got {got}")
+    rope_type = names.pop()
+    rule = ROPE_TYPES.get(rope_type) if isinstance(rope_type, str) else None
+    if rule is None:
+        raise BadInputError(
+            f"scaling['rope_type'] must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}"
+        )
+    parameters = Parameters(scaling, rope_type)
+    stated = parameters.optional("rope_theta")
+    if stated is not None and stated != theta:
+        raise BadInputError(f"scaling['rope_theta'] and theta differ: {stated:g} and {theta:g}")
+    result = rule(dim, theta, parameters, longest)
+    parameters.finish()
+    return result

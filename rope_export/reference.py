@@ -32,6 +32,7 @@ class Semantics:
         scale: factor on the scores.
         inv_freq: ``[r / 2]`` float64, or None without RoPE.
         layout: which channels form a pair.
+        attention_factor: length of a rotated pair over that of the pair.
         query_shift: added to the positions of queries only (0 in a correct block).
         value_roll: rolls the value heads by so many (0 in a correct block).
     """
@@ -42,6 +43,7 @@ class Semantics:
     scale: float
     inv_freq: Tensor | None
     layout: str
+    attention_factor: float = 1.0
     query_shift: int = 0
     value_roll: int = 0
 
@@ -55,10 +57,13 @@ class Semantics:
             scale=block.scale,
             inv_freq=None if block.rope is None else block.rope.inv_freq,
             layout="half" if block.rope is None else block.rope.layout,
+            attention_factor=1.0 if block.rope is None else block.rope.attention_factor,
         )
 
 
-def rotate_exactly(x: Tensor, positions: Tensor, inv_freq: Tensor, layout: str) -> Tensor:
+def rotate_exactly(
+    x: Tensor, positions: Tensor, inv_freq: Tensor, layout: str, length: float = 1.0
+) -> Tensor:
     """Rotate float64 heads by complex multiplication.
 
     Args:
@@ -66,6 +71,7 @@ def rotate_exactly(x: Tensor, positions: Tensor, inv_freq: Tensor, layout: str) 
         positions: ``[B, S]`` or ``[S]``.
         inv_freq: ``[r / 2]`` float64.
         layout: ``"half"`` or ``"interleaved"``.
+        length: of a rotated pair over that of the pair.
     """
     width = 2 * inv_freq.shape[0]
     pattern = "... (two p) -> ... p two" if layout == "half" else "... (p two) -> ... p two"
@@ -73,7 +79,7 @@ def rotate_exactly(x: Tensor, positions: Tensor, inv_freq: Tensor, layout: str) 
     angles = positions.to(torch.float64).unsqueeze(-1) * inv_freq
     if angles.ndim == 3:
         angles = angles.unsqueeze(1)
-    turned = torch.view_as_complex(pairs) * torch.polar(torch.ones_like(angles), angles)
+    turned = torch.view_as_complex(pairs) * torch.polar(torch.full_like(angles, length), angles)
     back = "... p two -> ... (two p)" if layout == "half" else "... p two -> ... (p two)"
     return torch.cat((rearrange(torch.view_as_real(turned), back), x[..., width:]), dim=-1)
 
@@ -119,8 +125,9 @@ def attention_truth(
     v = v.roll(meaning.value_roll, dims=1)
     if meaning.inv_freq is not None:
         q_positions = positions[..., picked] + meaning.query_shift
-        q = rotate_exactly(q, q_positions, meaning.inv_freq, meaning.layout)
-        k = rotate_exactly(k, positions, meaning.inv_freq, meaning.layout)
+        rotation = (meaning.inv_freq, meaning.layout, meaning.attention_factor)
+        q = rotate_exactly(q, q_positions, *rotation)
+        k = rotate_exactly(k, positions, *rotation)
     q = rearrange(q * meaning.scale, "b (h g) s d -> b h g s d", h=meaning.num_kv_heads)
     k, v = k.unsqueeze(2), v.unsqueeze(2)
     out_weight = block.o_proj.weight.detach().double()

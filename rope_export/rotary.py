@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,9 @@ class RotaryEmbedding(nn.Module):
         theta: the base of the geometric series of frequencies.
         layout: ``"interleaved"`` (pairs ``2i, 2i+1``; RoFormer, GPT-J, rotary-embedding-torch)
             or ``"half"`` (pairs ``i, i + dim/2``; Llama, GPT-NeoX).
+        scaling: a Hugging Face ``rope_parameters`` or ``rope_scaling`` object, one of
+            `frequencies.ROPE_TYPES`, or None for the original RoPE. Its ``rope_theta``, if it has
+            one, must equal ``theta``.
         max_seq_len: rows of the table, or None for any length.
 
     Raises:
@@ -56,6 +59,7 @@ class RotaryEmbedding(nn.Module):
         *,
         theta: float = 10000.0,
         layout: Layout = "interleaved",
+        scaling: Mapping[str, Any] | None = None,
         max_seq_len: int | None = None,
     ) -> None:
         super().__init__()
@@ -70,7 +74,10 @@ class RotaryEmbedding(nn.Module):
         self.layout: Layout = layout
         self.max_seq_len = max_seq_len
         # Plain float64 tensor, not a buffer: no cast or device move may touch it.
-        self._inv_freq = frequencies.default_inv_freq(dim, float(theta))
+        found = frequencies.frequencies(dim, float(theta), scaling, max_seq_len)
+        self.scaling = None if scaling is None else dict(scaling)
+        self.attention_factor = found.attention_factor
+        self._inv_freq = found.inv_freq
         self.register_buffer("freqs", torch.empty(dim // 2, dtype=torch.float32))
         for name in ("cos", "sin", "coarse_cos", "coarse_sin"):
             self.register_buffer(name, None, persistent=False)
@@ -90,6 +97,7 @@ class RotaryEmbedding(nn.Module):
         """One line for ``print(module)``."""
         return (
             f"dim={self.dim}, theta={self.theta}, layout={self.layout!r}, "
+            f"scaling={self.scaling}, "
             f"max_seq_len={self.max_seq_len}"
         )
 
@@ -103,7 +111,8 @@ class RotaryEmbedding(nn.Module):
             self.sin = torch.empty(rows, self.dim // 2, device=device)
         else:
             self.freqs = self._inv_freq.to(device, torch.float32)
-            cos, sin = frequencies.cos_sin_table(self._inv_freq, rows)
+            # The factor goes into one of two tables that are composed, so that it counts once.
+            cos, sin = frequencies.cos_sin_table(self._inv_freq, rows, self.attention_factor)
             self.cos, self.sin = cos.to(device), sin.to(device)
         if self.max_seq_len is None:
             coarse = frequencies.cos_sin_table(self._inv_freq * _FINE_ROWS, _COARSE_ROWS)

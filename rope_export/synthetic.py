@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from rope_export import runtime
@@ -10,6 +13,26 @@ from rope_export.errors import BadInputError
 from rope_export.rotary import RotaryEmbedding
 from rope_export.rotation import Layout
 
+_DEFAULT_THETA = 10000.0
+
+
+def rotated_width(head_dim: int, scaling: Mapping[str, Any]) -> int:
+    """Rotated part of a head, as a ``rope_parameters`` object states it.
+
+    Of type "proportional" the whole head is paired and the share says how many pairs turn.
+
+    Raises:
+        BadInputError: the share is not a number above 0 and up to 1.
+    """
+    share = scaling.get("partial_rotary_factor")
+    if share is None or scaling.get("rope_type", scaling.get("type")) == "proportional":
+        return head_dim
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
+        raise BadInputError(
+            f"scaling['partial_rotary_factor'] must be above 0 and at most 1, got {share!r}"
+        )
+    return int(head_dim * share)
+
 
 def random_block(
     *,
@@ -17,7 +40,8 @@ def random_block(
     num_heads: int,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
-    theta: float = 10000.0,
+    theta: float | None = None,
+    scaling: Mapping[str, Any] | None = None,
     rotary_dim: int | None = None,
     layout: Layout = "half",
     max_seq_len: int,
@@ -29,21 +53,27 @@ def random_block(
     """Make a block whose weights depend on ``seed`` alone; the global generator is untouched.
 
     Every argument is checked, and the size against this machine's memory, before anything is
-    allocated. Arguments as of `Attention` and `RotaryEmbedding`; ``rotary_dim`` defaults to
-    ``head_dim``.
+    allocated. Arguments as of `Attention` and `RotaryEmbedding`; ``theta`` defaults to
+    ``scaling["rope_theta"]`` or 10000, ``rotary_dim`` to the share of ``head_dim`` that
+    ``scaling["partial_rotary_factor"]`` states, or all of it.
 
     Raises:
         BadInputError: an argument is out of range, or the block does not fit in memory.
     """
     width = head_dim or max(1, hidden_size // num_heads)
-    if rotary_dim is None and width % 2:
+    stated = scaling if isinstance(scaling, Mapping) else {}
+    if theta is None:
+        theta = stated.get("rope_theta") or _DEFAULT_THETA
+    if rotary_dim is None:
+        rotary_dim = rotated_width(width, stated)
+    if rotary_dim == width and width % 2:
         raise BadInputError(
             f"head_dim must be even unless rotary_dim says how much of it is rotated, got {width}"
         )
 
     def build() -> Attention:
         rope = RotaryEmbedding(
-            rotary_dim or width, theta=theta, layout=layout, max_seq_len=max_seq_len
+            rotary_dim, theta=theta, layout=layout, scaling=scaling, max_seq_len=max_seq_len
         )
         return Attention(
             hidden_size,

@@ -280,6 +280,36 @@ BLOCK_MUTANTS: tuple[BlockMutation, ...] = (
 )
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12}
+
+
+def scaling_dropped(wrong: Attention) -> None:
+    """The scores keep their factor, the frequencies are those before scaling."""
+    assert wrong.rope is not None
+    plain = RotaryEmbedding(wrong.rope.dim, layout="half", max_seq_len=LONGEST)
+    wrong.rope._inv_freq = plain.inv_freq
+    wrong.rope.reset_parameters()
+
+
+def attention_factor_dropped(wrong: Attention) -> None:
+    assert wrong.rope is not None
+    wrong.rope.attention_factor = 1.0
+    wrong.rope.reset_parameters()
+
+
+def attention_factor_applied_twice(wrong: Attention) -> None:
+    assert wrong.rope is not None
+    wrong.rope.attention_factor **= 2
+    wrong.rope.reset_parameters()
+
+
+SCALING_MUTANTS: tuple[BlockMutation, ...] = (
+    scaling_dropped,
+    attention_factor_dropped,
+    attention_factor_applied_twice,
+)
+
+
 def mutated(right: Attention, mutate: BlockMutation) -> Attention:
     wrong = copy.deepcopy(right)
     mutate(wrong)

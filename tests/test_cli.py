@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -63,6 +64,26 @@ def test_json_is_the_only_thing_on_stdout_and_is_the_report(cli, tmp_path):
     assert len(replayed["cases"]) == len(document["cases"])
 
 
+@pytest.mark.parametrize("target", ["ort", "onnx", "primitive"])
+def test_scaling_from_the_line_and_from_a_file(cli, tmp_path, target):
+    text = '{"rope_type": "yarn", "factor": 4, "rope_theta": 500.0, "partial_rotary_factor": 0.5}'
+    (tmp_path / "rope.json").write_text(text)
+    for number, argument in enumerate((text, "@rope.json")):
+        out = f"out-{number}"
+        result = cli(
+            *BLOCK, "--head-dim", "32", "--scaling", argument, "--target", target, "--out", out
+        )
+        assert result.returncode == 0, result.stderr
+        rope = json.loads((tmp_path / out / "config.json").read_text())["block"]["rope"]
+        assert rope["dim"] == 16
+        assert rope["theta"] == 500.0
+        assert rope["attention_factor"] == pytest.approx(0.1 * math.log(4) + 1)
+        assert rope["scaling"] == json.loads(text)
+    assert tree(tmp_path / "out-0") == {
+        name: data.replace(b"out-1", b"out-0") for name, data in tree(tmp_path / "out-1").items()
+    }
+
+
 def test_the_same_command_gives_the_same_bytes(cli, tmp_path):
     for seed in ("1", "2"):
         folder = tmp_path / seed
@@ -91,6 +112,19 @@ def test_the_same_command_gives_the_same_bytes(cli, tmp_path):
         (("--dtype", "bfloat16"), ("--dtype bfloat16", "no bfloat16 kernel", "cuda alone")),
         (("--provider", "tpu"), ("--provider", "tpu", "cuda")),
         (("--target", "tflite"), ("--target", "tflite", "primitive")),
+        (("--scaling", "{"), ("--scaling", "'{' is not JSON")),
+        (("--scaling", "[1]"), ("--scaling", "'[1]' is not a JSON object")),
+        (("--scaling", "@nowhere.json"), ("--scaling", "@nowhere.json", "No such file")),
+        (("--scaling", '{"rope_type": "warp"}'), ("--scaling['rope_type']", "yarn", "'warp'")),
+        (("--scaling", '{"rope_type": "linear"}'), ("--scaling", "'linear' needs 'factor'")),
+        (
+            ("--scaling", '{"rope_type": "default", "rope_theta": 5}', "--theta", "6"),
+            ("--scaling['rope_theta']", "--theta", "5 and 6"),
+        ),
+        (
+            ("--scaling", '{"rope_type": "default", "partial_rotary_factor": 2}'),
+            ("--scaling['partial_rotary_factor']", "2"),
+        ),
         (("--layout", "mixed"), ("--layout", "mixed", "interleaved")),
         (("--batch", "2"), ("--batch 2", "--static")),
         (("--hidden", "1048576", "--heads", "16384", "--kv-heads", "1"), ("--hidden", "GiB")),

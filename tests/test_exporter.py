@@ -79,6 +79,7 @@ def test_onnx_reference_evaluator_agrees(tmp_path, target, layout, position_ids)
     np.testing.assert_allclose(output, truth.numpy(), rtol=1e-4, atol=2e-6)
 
 
+YARN = mutants.YARN
 # One row for each way a feature meets a target; operators that must and must not occur.
 VARIANTS = [
     ("ort", {}, {}, {"com.microsoft::GroupQueryAttention": 1, "MatMul": 2}),
@@ -117,6 +118,9 @@ VARIANTS = [
     ("onnx", {"rotary_dim": 4}, {}, {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 4}),
     ("primitive", {"causal": False, "layout": "interleaved"}, {}, {"Softmax": 1, "MatMul": 6}),
     ("primitive", {"rotary_dim": 4}, {"position_ids": True}, {"Softmax": 1, "MatMul": 6}),
+    ("ort", {"scaling": YARN}, {}, {"com.microsoft::GroupQueryAttention": 1, "MatMul": 2}),
+    ("onnx", {"scaling": YARN}, {}, {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 4}),
+    ("primitive", {"scaling": YARN}, {}, {"Softmax": 1, "MatMul": 6}),
 ]
 
 

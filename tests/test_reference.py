@@ -68,6 +68,8 @@ def naive_sequence(block, x, positions, defect):
         [project(layer, token).reshape(-1, HEAD_DIM) for token in x]
         for layer in (block.q_proj, block.k_proj, block.v_proj)
     )
+    length = np.ones(HEAD_DIM)
+    length[: 2 * len(frequencies)] = defect.get("attention_factor", 1.0)
     shift, roll = defect.get("query_shift", 0), defect.get("value_roll", 0)
     rows = []
     for row in range(len(x)):
@@ -75,8 +77,8 @@ def naive_sequence(block, x, positions, defect):
         mixed = []
         for head in range(heads):
             shared = head * kv_heads // heads
-            query = turn(q[row][head], positions[row] + shift, frequencies, layout)
-            keys = [turn(k[j][shared], positions[j], frequencies, layout) for j in visible]
+            query = length * turn(q[row][head], positions[row] + shift, frequencies, layout)
+            keys = [length * turn(k[j][shared], positions[j], frequencies, layout) for j in visible]
             scores = np.array([query @ key for key in keys]) * defect.get("scale", block.scale)
             weights = np.exp(scores - scores.max())
             weights /= weights.sum()
@@ -216,6 +218,7 @@ DEFECTS = {
     "mask": {"causal": False},
     "queries one late": {"query_shift": 1},
     "values rolled": {"value_roll": 1},
+    "attention factor": {"attention_factor": 1.1},
 }
 
 

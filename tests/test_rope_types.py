@@ -1,0 +1,221 @@
+"""Every RoPE type against transformers' own initialisers, recomputed in float64."""
+
+from __future__ import annotations
+
+import math
+import types
+
+import pytest
+import torch
+import transformers.modeling_rope_utils as oracle
+from transformers import LlamaConfig
+
+from rope_export import BadInputError, RotaryEmbedding
+from rope_export.frequencies import ROPE_TYPES, frequencies
+
+# Parameters of real models, as their configurations state them.
+MODELS = {
+    "llama-2 7B": (128, 10000.0, {"rope_type": "default"}, 4096),
+    "llama-3.1": (
+        128,
+        500000.0,
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        131072,
+    ),
+    "llama-3.2 1B": (
+        64,
+        500000.0,
+        {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        131072,
+    ),
+    "vicuna 16k": (128, 10000.0, {"type": "linear", "factor": 4.0}, 16384),
+    "gemma-3 global": (256, 1e6, {"rope_type": "linear", "factor": 8.0}, 131072),
+    "qwen2.5 with yarn": (
+        128,
+        1e6,
+        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+        131072,
+    ),
+    "gpt-oss": (
+        64,
+        150000.0,
+        {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        131072,
+    ),
+    "deepseek-v3": (
+        64,
+        10000.0,
+        {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+        163840,
+    ),
+    "deepseek-v2": (
+        64,
+        10000.0,
+        {
+            "rope_type": "yarn",
+            "factor": 40.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.707,
+            "mscale_all_dim": 0.5,
+            "original_max_position_embeddings": 4096,
+        },
+        163840,
+    ),
+    "yarn with its factor stated": (
+        128,
+        10000.0,
+        {"rope_type": "yarn", "factor": 8.0, "attention_factor": 1.25},
+        8192,
+    ),
+    "yarn without its length": (128, 10000.0, {"rope_type": "yarn", "factor": 4}, 4096),
+    "proportional": (
+        256,
+        1e6,
+        {"rope_type": "proportional", "partial_rotary_factor": 0.25, "factor": 2.0},
+        4096,
+    ),
+}
+
+
+@pytest.fixture
+def float64_oracle(monkeypatch):
+    """Transformers' module with every float32 in it read as float64."""
+    wide = types.SimpleNamespace(**{n: getattr(torch, n) for n in dir(torch)})
+    wide.float = wide.float32 = torch.float64
+    monkeypatch.setattr(oracle, "torch", wide)
+
+
+def expected(dim: int, theta: float, scaling: dict, longest: int) -> tuple[torch.Tensor, float]:
+    rope_type = scaling.get("rope_type", scaling.get("type"))
+    if rope_type == "default":
+        return theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim), 1.0
+    parameters = {k: v for k, v in scaling.items() if k != "type"}
+    config = LlamaConfig(
+        hidden_size=dim,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=dim,
+        max_position_embeddings=longest,
+        rope_parameters={**parameters, "rope_type": rope_type, "rope_theta": theta},
+    )
+    return oracle.ROPE_INIT_FUNCTIONS[rope_type](config, "cpu")
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.usefixtures("float64_oracle")
+def test_frequencies_are_those_of_transformers(model):
+    dim, theta, scaling, longest = MODELS[model]
+    inv_freq, attention_factor = expected(dim, theta, scaling, longest)
+    assert inv_freq.dtype == torch.float64
+    found = frequencies(dim, theta, scaling, longest)
+    assert found.inv_freq.dtype == torch.float64
+    torch.testing.assert_close(found.inv_freq, inv_freq, rtol=1e-13, atol=0)
+    assert found.attention_factor == pytest.approx(attention_factor, rel=1e-14)
+
+
+def test_static_ntk_is_that_of_rotary_embedding_torch():
+    from rotary_embedding_torch import RotaryEmbedding as Theirs
+
+    found = frequencies(64, 10000.0, {"rope_type": "ntk", "factor": 4.0}, None)
+    theirs = Theirs(64, theta_rescale_factor=4.0).freqs.detach()
+    torch.testing.assert_close(found.inv_freq.float(), theirs, rtol=1e-6, atol=0)
+
+
+def test_every_type_is_proven():
+    proven = {s.get("rope_type", s.get("type")) for _, _, s, _ in MODELS.values()} | {"ntk"}
+    assert proven == set(ROPE_TYPES)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("max_seq_len", [None, 200])
+def test_a_rotation_uses_them(model, max_seq_len):
+    dim, theta, scaling, longest = MODELS[model]
+    scaling = {"original_max_position_embeddings": longest} | scaling
+    if scaling.get("rope_type", scaling.get("type")) not in ("yarn", "llama3"):
+        del scaling["original_max_position_embeddings"]
+    rope = RotaryEmbedding(
+        dim, theta=theta, scaling=scaling, layout="half", max_seq_len=max_seq_len
+    )
+    found = frequencies(dim, theta, scaling, longest)
+    positions = torch.tensor([0, 1, 7, 199] if max_seq_len else [0, 5, 4095, 4096, 9_999_999])
+    x = torch.randn(1, 1, len(positions), dim, dtype=torch.float64)
+    angles = positions.double().unsqueeze(-1) * found.inv_freq
+    pairs = torch.complex(x[..., : dim // 2], x[..., dim // 2 :])
+    turned = pairs * torch.polar(torch.full_like(angles, found.attention_factor), angles)
+    truth = torch.cat((turned.real, turned.imag), dim=-1)
+    q, _ = rope.rotate(x.float(), x.float(), position_ids=positions)
+    torch.testing.assert_close(q.double(), truth, rtol=0, atol=4e-6)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "says"),
+    [
+        ("yarn", "scaling must be an object with a rope_type, got 'yarn'"),
+        ({}, "scaling must state one rope_type, got none"),
+        ({"factor": 2}, "scaling must state one rope_type, got none"),
+        ({"rope_type": "yarn", "type": "linear", "factor": 2}, "one rope_type, got 'linear' and"),
+        ({"rope_type": "warp"}, "one of default, linear, .*got 'warp'"),
+        ({"rope_type": None}, "one of default, linear, .*got None"),
+        ({"rope_type": "linear"}, "'linear' needs 'factor'"),
+        (
+            {"rope_type": "linear", "factor": 0.5},
+            r"scaling\['factor'\] must be .* at least 1, got 0.5",
+        ),
+        ({"rope_type": "linear", "factor": "4"}, r"scaling\['factor'\] must be .* got '4'"),
+        ({"rope_type": "linear", "factor": True}, r"scaling\['factor'\] must be .* got True"),
+        ({"rope_type": "linear", "factor": math.nan}, r"scaling\['factor'\] must be .* got nan"),
+        ({"rope_type": "linear", "factor": 2, "facotr": 3}, "'linear' has no field 'facotr'"),
+        ({"rope_type": "yarn", "original_max_position_embeddings": 64}, "'yarn' needs 'factor'"),
+        ({"rope_type": "yarn", "factor": 2, "truncate": "no"}, r"'truncate'\] must be true or"),
+        ({"rope_type": "yarn", "factor": 2, "beta_fast": 1, "beta_slow": 2}, "got 1 and 2"),
+        ({"rope_type": "yarn", "factor": 2, "beta_fast": 0}, r"'beta_fast'\] must be .* got 0"),
+        ({"rope_type": "llama3", "factor": 8}, "'llama3' needs 'low_freq_factor'"),
+        (
+            {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4},
+            "must be above .* got 4 and 4",
+        ),
+        ({"rope_type": "proportional", "partial_rotary_factor": 1.5}, "at most 1, got 1.5"),
+        ({"rope_type": "default", "rope_theta": 5000.0}, "differ: 5000 and 10000"),
+    ],
+)
+def test_a_bad_field_is_named_with_its_value(scaling, says):
+    with pytest.raises(BadInputError, match=says):
+        RotaryEmbedding(64, scaling=scaling, max_seq_len=128)
+
+
+def test_yarn_needs_a_length_from_somewhere():
+    with pytest.raises(BadInputError, match="needs 'original_max_position_embeddings'"):
+        RotaryEmbedding(64, scaling={"rope_type": "yarn", "factor": 2.0})
+
+
+def test_the_same_theta_may_be_stated_twice():
+    rope = RotaryEmbedding(64, theta=5e5, scaling={"rope_type": "default", "rope_theta": 5e5})
+    assert torch.equal(rope.inv_freq, RotaryEmbedding(64, theta=5e5).inv_freq)
