@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-
 if TYPE_CHECKING:
     _JsonType = click.ParamType[dict[str, Any]]
 else:  # older releases of click have no type arguments
