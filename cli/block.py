@@ -81,7 +81,7 @@ Examples:
     type=JsonObject(),
     default=None,
     metavar="JSON|@FILE",
-    help="Hugging Face rope_parameters or rope_scaling: default, linear, llama3, ntk, proportional "
+    help="Hugging Face rope_parameters or rope_scaling: default, linear, llama3, longrope, ntk, "
     'or yarn, for example \'{"rope_type": "yarn", "factor": 4}\'.',
 )
 @click.option(

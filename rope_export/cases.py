@@ -66,6 +66,16 @@ def plan_shapes(
             Shape("middle", 1, _odd(min(longest // 2 + 1, 1537))),
             Shape("longest", 1, longest),
         ]
+        switch = None if block.rope is None else block.rope.beyond
+        if switch is not None:  # either side of it, as close as can be
+            wanted += [
+                Shape(name, 1, length)
+                for name, length in (
+                    ("up to the switch", switch.length),
+                    ("past the switch", switch.length + 1),
+                )
+                if length <= longest
+            ]
         shapes = list({(s.batch, s.sequence): s for s in wanted}.values())
     return _within_cap(block, shapes, with_positions=with_positions)
 
@@ -124,7 +134,10 @@ def make_cases(
         x = _draw(rng, block, shape.batch, shape.sequence, gain)
         ids = None
         if positions is not None:
-            ids = torch.from_numpy(_draw_positions(rng, shape, positions))
+            switch = None if block.rope is None else block.rope.beyond
+            before = switch is not None and index % 2 == 0 and shape.sequence <= switch.length
+            limit = min(positions, switch.length) if switch and before else positions
+            ids = torch.from_numpy(_draw_positions(rng, shape, limit))
         rows = _sample_rows(rng, shape.sequence) if shape.sampled else None
         truth = attention_truth(block, x, position_ids=ids, rows=rows).numpy()
         eager_output = _eager(block, x, ids, rows).double().numpy()
@@ -180,7 +193,9 @@ def sensitivities(block: Attention, *, length: int, seed: int) -> dict[str, floa
     }
     if meaning.inv_freq is not None:
         other = "interleaved" if meaning.layout == "half" else "half"
-        defects["sine negated"] = replace(meaning, inv_freq=-meaning.inv_freq)
+        if meaning.beyond is not None and length > meaning.beyond.length:
+            defects["switch ignored"] = replace(meaning, beyond=None)
+        defects["sine negated"] = replace(meaning, inv_freq=-meaning.inv_freq, beyond=None)
         defects["queries one position late"] = replace(meaning, query_shift=1)
         if meaning.attention_factor != 1:
             defects["attention factor dropped"] = replace(meaning, attention_factor=1.0)

@@ -71,10 +71,26 @@ class Frequencies:
     Attributes:
         inv_freq: ``[dim / 2]`` float64, in radians per position.
         attention_factor: multiplies cosines and sines (and so the scores by its square).
+        beyond: what replaces ``inv_freq`` in longer sequences, or None.
     """
 
     inv_freq: Tensor
     attention_factor: float = 1.0
+    beyond: Switch | None = None
+
+
+@dataclass(frozen=True)
+class Switch:
+    """Other frequencies for sequences longer than the model was first trained on.
+
+    Attributes:
+        length: the longest sequence that still uses the first ones. The whole batch switches when
+            its largest position reaches it.
+        inv_freq: ``[dim / 2]`` float64, used beyond.
+    """
+
+    length: int
+    inv_freq: Tensor
 
 
 class Parameters:
@@ -110,6 +126,20 @@ class Parameters:
         """A number as `number` has it, or None."""
         self._read.add(name)
         return None if self._content.get(name) is None else self.number(name, at_least=at_least)
+
+    def factors(self, name: str, count: int) -> Tensor:
+        """As many numbers above zero as there are pairs, as float64."""
+        values = self._content.get(name)
+        self._read.add(name)
+        if values is None:
+            raise BadInputError(f"scaling of rope_type {self.rope_type!r} needs {name!r}")
+        if not isinstance(values, list | tuple) or len(values) != count:
+            got = f"{len(values)}" if isinstance(values, list | tuple) else repr(values)
+            raise BadInputError(f"scaling[{name!r}] must list {count} numbers, got {got}")
+        for value in values:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+                raise BadInputError(f"scaling[{name!r}] must list numbers above 0, got {value!r}")
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false."""
@@ -222,6 +252,25 @@ def _llama3(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequ
     return Frequencies((1 - kept) * inv_freq / factor + kept * inv_freq)
 
 
+def _longrope(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
+    """Ding et al., "LongRoPE" (2024), as in Phi-3: one factor a pair, in two sets."""
+    original = _original_length(p, longest)
+    if original != int(original):
+        raise BadInputError(
+            f"scaling['original_max_position_embeddings'] must be an integer, got {original:g}"
+        )
+    served = p.optional("max_position_embeddings", at_least=1.0)
+    extension = (served if served is not None else longest or original) / original
+    factor = p.number("factor", extension)
+    attention_factor = p.optional("attention_factor")
+    if attention_factor is None:
+        extended = factor > 1 and original > 1
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if extended else 1.0
+    inv_freq = default_inv_freq(dim, theta)
+    short, long = (p.factors(name, dim // 2) for name in ("short_factor", "long_factor"))
+    return Frequencies(inv_freq / short, attention_factor, Switch(int(original), inv_freq / long))
+
+
 def _proportional(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
     """Gemma's: the whole head is paired, a share of the pairs turns, the rest stands still."""
     del longest
@@ -237,6 +286,7 @@ ROPE_TYPES: dict[str, Rule] = {
     "default": _default,
     "linear": _linear,
     "llama3": _llama3,
+    "longrope": _longrope,
     "ntk": _ntk,
     "proportional": _proportional,
     "yarn": _yarn,

@@ -14,6 +14,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from rope_export.frequencies import Switch
+
 if TYPE_CHECKING:
     from rope_export.attention import Attention
 
@@ -33,6 +35,7 @@ class Semantics:
         inv_freq: ``[r / 2]`` float64, or None without RoPE.
         layout: which channels form a pair.
         attention_factor: length of a rotated pair over that of the pair.
+        beyond: frequencies of longer sequences, or None.
         query_shift: added to the positions of queries only (0 in a correct block).
         value_roll: rolls the value heads by so many (0 in a correct block).
     """
@@ -44,6 +47,7 @@ class Semantics:
     inv_freq: Tensor | None
     layout: str
     attention_factor: float = 1.0
+    beyond: Switch | None = None
     query_shift: int = 0
     value_roll: int = 0
 
@@ -58,6 +62,7 @@ class Semantics:
             inv_freq=None if block.rope is None else block.rope.inv_freq,
             layout="half" if block.rope is None else block.rope.layout,
             attention_factor=1.0 if block.rope is None else block.rope.attention_factor,
+            beyond=None if block.rope is None else block.rope.beyond,
         )
 
 
@@ -125,7 +130,9 @@ def attention_truth(
     v = v.roll(meaning.value_roll, dims=1)
     if meaning.inv_freq is not None:
         q_positions = positions[..., picked] + meaning.query_shift
-        rotation = (meaning.inv_freq, meaning.layout, meaning.attention_factor)
+        longer = meaning.beyond is not None and int(positions.max()) >= meaning.beyond.length
+        inv_freq = meaning.beyond.inv_freq if meaning.beyond and longer else meaning.inv_freq
+        rotation = (inv_freq, meaning.layout, meaning.attention_factor)
         q = rotate_exactly(q, q_positions, *rotation)
         k = rotate_exactly(k, positions, *rotation)
     q = rearrange(q * meaning.scale, "b (h g) s d -> b h g s d", h=meaning.num_kv_heads)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -78,6 +79,9 @@ class RotaryEmbedding(nn.Module):
         self.scaling = None if scaling is None else dict(scaling)
         self.attention_factor = found.attention_factor
         self._inv_freq = found.inv_freq
+        # Within a table that never reaches the switch there is nothing to switch to.
+        reached = found.beyond is not None and (max_seq_len or math.inf) > found.beyond.length
+        self.beyond = found.beyond if reached else None
         self.register_buffer("freqs", torch.empty(dim // 2, dtype=torch.float32))
         for name in ("cos", "sin", "coarse_cos", "coarse_sin"):
             self.register_buffer(name, None, persistent=False)
@@ -107,16 +111,35 @@ class RotaryEmbedding(nn.Module):
         rows = self.max_seq_len if self.max_seq_len is not None else _FINE_ROWS
         if device.type == "meta":
             # Shapes only; the values come when the module is moved to a real device.
-            self.cos = torch.empty(rows, self.dim // 2, device=device)
-            self.sin = torch.empty(rows, self.dim // 2, device=device)
+            shape = (rows * (2 if self.beyond else 1), self.dim // 2)
+            self.cos, self.sin = (
+                torch.empty(shape, device=device),
+                torch.empty(shape, device=device),
+            )
         else:
             self.freqs = self._inv_freq.to(device, torch.float32)
             # The factor goes into one of two tables that are composed, so that it counts once.
-            cos, sin = frequencies.cos_sin_table(self._inv_freq, rows, self.attention_factor)
-            self.cos, self.sin = cos.to(device), sin.to(device)
+            self.cos, self.sin = self._tables(rows, self.attention_factor, 1, device)
         if self.max_seq_len is None:
-            coarse = frequencies.cos_sin_table(self._inv_freq * _FINE_ROWS, _COARSE_ROWS)
-            self.coarse_cos, self.coarse_sin = (table.to(device) for table in coarse)
+            self.coarse_cos, self.coarse_sin = self._tables(_COARSE_ROWS, 1.0, _FINE_ROWS, device)
+
+    def _tables(
+        self, rows: int, factor: float, stride: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines of every ``stride``-th position; those beyond the switch below."""
+        sets = [self._inv_freq] + ([self.beyond.inv_freq] if self.beyond else [])
+        tables = [frequencies.cos_sin_table(f * stride, rows, factor) for f in sets]
+        cos, sin = (torch.cat(parts).to(device) for parts in zip(*tables, strict=True))
+        return cos, sin
+
+    def table_rows(self, position_ids: Tensor, rows: int) -> Tensor:
+        """Rows of tables of ``rows`` positions: the positions, or those of the set beyond.
+
+        The choice is arithmetic on the largest position, the same for the whole batch.
+        """
+        if self.beyond is None:
+            return position_ids
+        return position_ids + rows * (position_ids.max() >= self.beyond.length).to(torch.int64)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         was_meta = self.freqs.is_meta
@@ -136,7 +159,7 @@ class RotaryEmbedding(nn.Module):
         differs = not torch.equal(loaded, self._inv_freq.to(torch.float32))
         if differs:  # another base, or frequencies that were trained: they are the truth now
             self._inv_freq = loaded.to(torch.float64)
-            self.theta = None
+            self.theta, self.beyond = None, None
         if differs or self.cos.is_meta:
             self.reset_parameters()
 
@@ -153,9 +176,13 @@ class RotaryEmbedding(nn.Module):
             IndexError: a position is out of range (eager; the exported operators differ).
         """
         if self.coarse_cos is None or self.coarse_sin is None:
-            return F.embedding(position_ids, self.cos), F.embedding(position_ids, self.sin)
+            ids = self.table_rows(position_ids, self.positions)
+            return F.embedding(ids, self.cos), F.embedding(ids, self.sin)
         coarse = position_ids // _FINE_ROWS
         fine = position_ids - coarse * _FINE_ROWS
+        if self.beyond is not None:
+            chosen = self.table_rows(position_ids, 1) - position_ids  # 0 or 1
+            coarse, fine = coarse + chosen * _COARSE_ROWS, fine + chosen * _FINE_ROWS
         cos_a, sin_a = F.embedding(coarse, self.coarse_cos), F.embedding(coarse, self.coarse_sin)
         cos_b, sin_b = F.embedding(fine, self.cos), F.embedding(fine, self.sin)
         return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b

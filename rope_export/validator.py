@@ -124,7 +124,8 @@ def prove(
         runs_on=plan.runs_on(block),
         progress=progress,
     )
-    length = min(_SENSITIVITY_LENGTH, plan.longest)
+    beyond = None if block.rope is None else block.rope.beyond
+    length = min(_SENSITIVITY_LENGTH + (beyond.length if beyond else 0), plan.longest)
     return Report(
         providers=statuses,
         cases=tuple(results),

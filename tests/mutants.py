@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -303,11 +304,34 @@ def attention_factor_applied_twice(wrong: Attention) -> None:
     wrong.rope.reset_parameters()
 
 
-SCALING_MUTANTS: tuple[BlockMutation, ...] = (
-    scaling_dropped,
-    attention_factor_dropped,
-    attention_factor_applied_twice,
-)
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + 2 * i for i in range(8)],
+    "original_max_position_embeddings": 20,
+}
+
+
+def switch_ignored(wrong: Attention) -> None:
+    assert wrong.rope is not None
+    wrong.rope.beyond = None
+    wrong.rope.reset_parameters()
+
+
+def switch_one_token_late(wrong: Attention) -> None:
+    assert wrong.rope is not None
+    wrong.rope.beyond = replace(wrong.rope.beyond, length=21)
+    wrong.rope.reset_parameters()
+
+
+# Defects of scaled blocks, with the scaling they are about.
+SCALING_MUTANTS: dict[BlockMutation, dict[str, object]] = {
+    scaling_dropped: YARN,
+    attention_factor_dropped: YARN,
+    attention_factor_applied_twice: YARN,
+    switch_ignored: LONGROPE,
+    switch_one_token_late: LONGROPE,
+}
 
 
 def mutated(right: Attention, mutate: BlockMutation) -> Attention:

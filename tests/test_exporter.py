@@ -79,7 +79,7 @@ def test_onnx_reference_evaluator_agrees(tmp_path, target, layout, position_ids)
     np.testing.assert_allclose(output, truth.numpy(), rtol=1e-4, atol=2e-6)
 
 
-YARN = mutants.YARN
+YARN, LONGROPE = mutants.YARN, mutants.LONGROPE
 # One row for each way a feature meets a target; operators that must and must not occur.
 VARIANTS = [
     ("ort", {}, {}, {"com.microsoft::GroupQueryAttention": 1, "MatMul": 2}),
@@ -121,6 +121,20 @@ VARIANTS = [
     ("ort", {"scaling": YARN}, {}, {"com.microsoft::GroupQueryAttention": 1, "MatMul": 2}),
     ("onnx", {"scaling": YARN}, {}, {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 4}),
     ("primitive", {"scaling": YARN}, {}, {"Softmax": 1, "MatMul": 6}),
+    (
+        "ort",
+        {"scaling": LONGROPE},
+        {},
+        {"com.microsoft::GroupQueryAttention": 1, "RotaryEmbedding": 2, "MatMul": 4},
+    ),
+    ("onnx", {"scaling": LONGROPE}, {}, {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 4}),
+    (
+        "onnx",
+        {"scaling": LONGROPE},
+        {"position_ids": True},
+        {"Attention": 1, "RotaryEmbedding": 2, "MatMul": 4},
+    ),
+    ("primitive", {"scaling": LONGROPE}, {}, {"Softmax": 1, "MatMul": 6}),
 ]
 
 

@@ -96,6 +96,30 @@ MODELS = {
         8192,
     ),
     "yarn without its length": (128, 10000.0, {"rope_type": "yarn", "factor": 4}, 4096),
+    "phi-3.5 mini": (
+        96,
+        10000.0,
+        {
+            "rope_type": "longrope",
+            "short_factor": [1.0 + 0.02 * i for i in range(48)],
+            "long_factor": [1.1 + 1.3 * i for i in range(48)],
+            "original_max_position_embeddings": 4096,
+        },
+        131072,
+    ),
+    "longrope with its factors stated": (
+        32,
+        10000.0,
+        {
+            "type": "longrope",
+            "short_factor": [1.0] * 16,
+            "long_factor": [1.5 * i for i in range(1, 17)],
+            "factor": 8.0,
+            "attention_factor": 1.19,
+            "original_max_position_embeddings": 150,
+        },
+        1200,
+    ),
     "proportional": (
         256,
         1e6,
@@ -113,7 +137,9 @@ def float64_oracle(monkeypatch):
     monkeypatch.setattr(oracle, "torch", wide)
 
 
-def expected(dim: int, theta: float, scaling: dict, longest: int) -> tuple[torch.Tensor, float]:
+def expected(
+    dim: int, theta: float, scaling: dict, longest: int, seq_len: int | None = None
+) -> tuple[torch.Tensor, float]:
     rope_type = scaling.get("rope_type", scaling.get("type"))
     if rope_type == "default":
         return theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim), 1.0
@@ -126,7 +152,12 @@ def expected(dim: int, theta: float, scaling: dict, longest: int) -> tuple[torch
         max_position_embeddings=longest,
         rope_parameters={**parameters, "rope_type": rope_type, "rope_theta": theta},
     )
-    return oracle.ROPE_INIT_FUNCTIONS[rope_type](config, "cpu")
+    return oracle.ROPE_INIT_FUNCTIONS[rope_type](config, "cpu", seq_len=seq_len)
+
+
+def rounding(scaling: dict) -> float:
+    """Transformers' longrope takes its exponents through ``.float()``, whatever we patch."""
+    return 1e-6 if "short_factor" in scaling else 1e-13
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -137,8 +168,29 @@ def test_frequencies_are_those_of_transformers(model):
     assert inv_freq.dtype == torch.float64
     found = frequencies(dim, theta, scaling, longest)
     assert found.inv_freq.dtype == torch.float64
-    torch.testing.assert_close(found.inv_freq, inv_freq, rtol=1e-13, atol=0)
+    torch.testing.assert_close(found.inv_freq, inv_freq, rtol=rounding(scaling), atol=0)
     assert found.attention_factor == pytest.approx(attention_factor, rel=1e-14)
+    if found.beyond is not None:
+        longer, _ = expected(dim, theta, scaling, longest, found.beyond.length + 1)
+        torch.testing.assert_close(found.beyond.inv_freq, longer, rtol=rounding(scaling), atol=0)
+        same, _ = expected(dim, theta, scaling, longest, found.beyond.length)
+        torch.testing.assert_close(found.inv_freq, same, rtol=rounding(scaling), atol=0)
+
+
+def test_longrope_is_its_definition_in_float64():
+    short, long = [1.0 + i / 7 for i in range(8)], [2.0 + 3 * i for i in range(8)]
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": short,
+        "long_factor": long,
+        "original_max_position_embeddings": 64,
+    }
+    found = frequencies(16, 500.0, scaling, 256)
+    for inv_freq, factors in ((found.inv_freq, short), (found.beyond.inv_freq, long)):
+        exact = [1 / (f * 500.0 ** (2 * i / 16)) for i, f in enumerate(factors)]
+        assert inv_freq.tolist() == pytest.approx(exact, rel=1e-15)
+    assert found.beyond.length == 64
+    assert found.attention_factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(64)))
 
 
 def test_static_ntk_is_that_of_rotary_embedding_torch():
@@ -159,15 +211,17 @@ def test_every_type_is_proven():
 def test_a_rotation_uses_them(model, max_seq_len):
     dim, theta, scaling, longest = MODELS[model]
     scaling = {"original_max_position_embeddings": longest} | scaling
-    if scaling.get("rope_type", scaling.get("type")) not in ("yarn", "llama3"):
+    if scaling.get("rope_type", scaling.get("type")) not in ("yarn", "llama3", "longrope"):
         del scaling["original_max_position_embeddings"]
     rope = RotaryEmbedding(
         dim, theta=theta, scaling=scaling, layout="half", max_seq_len=max_seq_len
     )
-    found = frequencies(dim, theta, scaling, longest)
+    found = frequencies(dim, theta, scaling, max_seq_len)
     positions = torch.tensor([0, 1, 7, 199] if max_seq_len else [0, 5, 4095, 4096, 9_999_999])
     x = torch.randn(1, 1, len(positions), dim, dtype=torch.float64)
-    angles = positions.double().unsqueeze(-1) * found.inv_freq
+    longer = found.beyond is not None and int(positions.max()) >= found.beyond.length
+    inv_freq = found.beyond.inv_freq if longer else found.inv_freq
+    angles = positions.double().unsqueeze(-1) * inv_freq
     pairs = torch.complex(x[..., : dim // 2], x[..., dim // 2 :])
     turned = pairs * torch.polar(torch.full_like(angles, found.attention_factor), angles)
     truth = torch.cat((turned.real, turned.imag), dim=-1)
@@ -201,6 +255,15 @@ def test_a_rotation_uses_them(model, max_seq_len):
         (
             {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4},
             "must be above .* got 4 and 4",
+        ),
+        ({"rope_type": "longrope", "long_factor": [1.0] * 32}, "'longrope' needs 'short_factor'"),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0] * 32, "long_factor": [1.0] * 31},
+            r"'long_factor'\] must list 32 numbers, got 31",
+        ),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0] * 31 + [0], "long_factor": [1] * 32},
+            r"'short_factor'\] must list numbers above 0, got 0",
         ),
         ({"rope_type": "proportional", "partial_rotary_factor": 1.5}, "at most 1, got 1.5"),
         ({"rope_type": "default", "rope_theta": 5000.0}, "differ: 5000 and 10000"),

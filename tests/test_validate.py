@@ -64,13 +64,12 @@ def test_a_wrong_graph_fails(exported, target, dtype, mutate, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mutate", mutants.BLOCK_MUTANTS + mutants.SCALING_MUTANTS, ids=lambda m: m.__name__
+    "mutate", (*mutants.BLOCK_MUTANTS, *mutants.SCALING_MUTANTS), ids=lambda m: m.__name__
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_graph_of_a_wrong_block_fails(target, dtype, mutate, tmp_path):
-    scaling = mutants.YARN if mutate in mutants.SCALING_MUTANTS else None
-    right = mutants.block(dtype, scaling=scaling)
+    right = mutants.block(dtype, scaling=mutants.SCALING_MUTANTS.get(mutate))
     wrong = mutants.mutated(right, mutate)
     result = export(wrong, tmp_path / "wrong", target=target)
     assert not validate(result, right).passed

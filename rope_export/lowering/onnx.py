@@ -30,7 +30,7 @@ def rotate(
     else:
         head_dim = x.shape[2] // num_heads
     if rope.max_seq_len is not None:
-        cos, sin, ids = rope.cos, rope.sin, position_ids
+        cos, sin, ids = rope.cos, rope.sin, rope.table_rows(position_ids, rope.max_seq_len)
     else:  # composed angles: gathered here, one row for each token
         (cos, sin), ids = rope.cos_sin(position_ids), None
     return ops.rotary_embedding(

@@ -69,7 +69,7 @@ def situations(
             head_dim=block.head_dim,
             rotary_dim=0 if rope is None else rope.dim,
             causal=block.causal,
-            tabled=rope is not None and rope.max_seq_len is not None,
+            tabled=rope is not None and rope.max_seq_len is not None and rope.beyond is None,
             implied_positions=implied_positions,
         )
         for provider in providers
@@ -164,7 +164,8 @@ _GQA_ROTATES = (
     Limit(
         None,
         lambda s: s.tabled,
-        "rotation inside GroupQueryAttention needs one cos/sin table (set max_seq_len)",
+        "rotation inside GroupQueryAttention needs one cos/sin table for all lengths "
+        "(a max_seq_len, and a RoPE type that does not switch)",
     ),
 )
 
