@@ -64,7 +64,7 @@ def test_a_wrong_graph_fails(exported, target, dtype, mutate, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mutate", (*mutants.BLOCK_MUTANTS, *mutants.SCALING_MUTANTS), ids=lambda m: m.__name__
+    "mutate", [*mutants.BLOCK_MUTANTS, *mutants.SCALING_MUTANTS], ids=lambda m: m.__name__
 )
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target", TARGETS)
