@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -214,13 +215,20 @@ def block(
         seed=seed,
         validate=not no_validate,
         validate_on=providers,
+        options={
+            **shape,
+            "target": target,
+            "providers": list(providers),
+            "position_ids": position_ids,
+            "static": static,
+            "batch": batch or 1,
+            "seed": seed,
+            "validate": not no_validate,
+        },
         progress=steps,
     )
     report = result.report
-    if as_json:
-        show.print_json(report, out)
-    else:
-        show.print_report(report, out)
-        if report.passed:
-            click.echo(f"next: rope-export validate {out}  (on the machine it is deployed to)")
+    replayable = any(out.glob("test_data_set_*"))
+    then = f"rope-export validate {shlex.quote(str(out))}  (on the machine it is deployed to)"
+    show.show(report, out, as_json=as_json, then=then if replayable else "")
     sys.exit(0 if no_validate or report.passed else 1)

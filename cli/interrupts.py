@@ -14,7 +14,9 @@ import click
 # Python's own handlers wait until a native call returns, which may take minutes. A watcher
 # thread hears of the signal at once, gives the main thread this long, then cleans up for it.
 _PATIENCE_SECONDS = 2.0
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 MESSAGE = "interrupted; nothing was written"
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import sys
 
 import click
 
+import rope_export
 from rope_export.errors import BadInputError, ExportError, ProviderUnavailableError
 
+from . import show
 from .block import PARAMETERS, block
 from .interrupts import MESSAGE, StoppedError, clean_interrupts
 from .validate import validate
@@ -17,7 +21,7 @@ _BAD_INPUT, _UNAVAILABLE, _FAILED = 2, 3, 1
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="rope-export", message="rope-export %(version)s")
+@click.version_option(rope_export.__version__, message="rope-export %(version)s")
 def main() -> None:
     """Attention with rotary positions: from PyTorch to onnxruntime, with proof.
 
@@ -45,6 +49,12 @@ def run(arguments: list[str] | None = None) -> None:
         code = _BAD_INPUT
     except click.ClickException as error:
         _say(error.format_message())
+        code = _BAD_INPUT
+    except show.ReaderGoneError:  # nothing more to say to them
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except show.OutputError as error:
+        _say(str(error))
         code = _BAD_INPUT
     except StoppedError as stopped:
         _say(MESSAGE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,35 @@ class Steps:
     def __call__(self, message: str) -> None:
         """Print one step."""
         click.echo(f"{time.monotonic() - self._start:7.1f} s  {message}", err=True)
+
+
+class OutputError(Exception):
+    """The result is there but could not be printed."""
+
+
+class ReaderGoneError(Exception):
+    """Whoever read stdout has gone, as ``head`` does."""
+
+
+def show(report: Report, path: Path, *, as_json: bool, then: str = "") -> None:
+    """Print the report, and what to do next.
+
+    Raises:
+        ReaderGoneError: the reader of stdout has gone.
+        OutputError: stdout cannot be written.
+    """
+    try:
+        if as_json:
+            print_json(report, path)
+        else:
+            print_report(report, path)
+            if then and report.passed:
+                click.echo(f"next: {then}")
+        sys.stdout.flush()
+    except BrokenPipeError as error:  # click itself would exit with 1: "a comparison failed"
+        raise ReaderGoneError from error
+    except OSError as error:
+        raise OutputError(f"stdout: {error.strerror}; the artifact is at {path}") from error
 
 
 def print_json(report: Report, path: Path) -> None:

@@ -30,8 +30,5 @@ def validate(folder: Path, providers: tuple[str, ...], as_json: bool) -> None:
     from rope_export.trial import replay
 
     report = replay(folder, providers=providers, progress=show.Steps())
-    if as_json:
-        show.print_json(report, folder)
-    else:
-        show.print_report(report, folder)
+    show.show(report, folder, as_json=as_json)
     sys.exit(0 if report.passed else 1)

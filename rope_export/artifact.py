@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import errno
 import hashlib
+import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ FORMAT = 1
 MODEL, WEIGHTS, CONFIG = "model.onnx", "model.onnx.data", "config.json"
 REPORT, REPORT_TEXT = "report.json", "report.md"
 VECTORS = "test_data_set_"
+_PROVIDERS = ("cpu", "cuda")
 _OURS = (MODEL, WEIGHTS, CONFIG, REPORT, REPORT_TEXT)
 # Folders being written, with the parents made for them: what an interruption must clear away.
 _unfinished: dict[Path, list[Path]] = {}
@@ -38,6 +41,15 @@ def check_destination(path: Path) -> None:
     Raises:
         BadInputError: it is a file, a folder with other things in it, or cannot be written.
     """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise BadInputError(
+            f"{str(path)!r}: is no valid text in this locale; use another name or a UTF-8 locale"
+        ) from None
+    here = Path.cwd()
+    if path.resolve() == here or path.resolve() in here.parents:
+        raise BadInputError(f"{path}: is the current folder, or above it; give a folder inside it")
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise BadInputError(f"{path}: is not a folder; give a new folder or an earlier artifact")
     if path.is_dir():
@@ -52,6 +64,8 @@ def check_destination(path: Path) -> None:
                 "give a new folder or an earlier artifact"
             )
     parent = path.resolve().parent
+    if (parent / MODEL).exists() and (parent / CONFIG).exists():
+        raise BadInputError(f"{path}: {parent} is an artifact itself; give a folder beside it")
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir():
@@ -70,7 +84,7 @@ def staged(path: Path) -> Iterator[Path]:
     path = path.resolve()
     try:
         made = _make_parents(path.parent)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.tmp-", dir=path.parent))
+        folder = Path(tempfile.mkdtemp(prefix=".rope-export.tmp-", dir=path.parent))
     except OSError as error:
         raise BadInputError(f"{path}: cannot be written: {error.strerror}") from error
     try:
@@ -188,8 +202,11 @@ def read_vector(root: Path, vector: Vector) -> tuple[dict[str, Array], dict[str,
 
     found: dict[str, dict[str, Array]] = {"input": {}, "output": {}}
     for kind, arrays in found.items():
-        files = (root / vector.folder).glob(f"{kind}_*.pb")
-        for file in sorted(files, key=lambda f: int(f.stem.split("_")[1])):
+        folder = root / vector.folder
+        for index in itertools.count():
+            file = folder / f"{kind}_{index}.pb"
+            if not file.is_file():
+                break
             tensor = TensorProto()
             try:
                 tensor.ParseFromString(file.read_bytes())
@@ -199,11 +216,14 @@ def read_vector(root: Path, vector: Vector) -> tuple[dict[str, Array], dict[str,
     return found["input"], found["output"]
 
 
-def digests(root: Path) -> dict[str, str]:
-    """SHA-256 of every file below ``root`` but the configuration and the reports, by its path."""
+def digests(root: Path, *, contents: bool = True) -> dict[str, str]:
+    """SHA-256 of every file below ``root`` but the configuration and the reports, by its path.
+
+    Without ``contents`` the files are only listed.
+    """
     left_out = {CONFIG, REPORT, REPORT_TEXT}
     return {
-        file.relative_to(root).as_posix(): sha256(file)
+        file.relative_to(root).as_posix(): sha256(file) if contents else ""
         for file in sorted(root.rglob("*"))
         if file.is_file() and file.relative_to(root).as_posix() not in left_out
     }
@@ -220,7 +240,17 @@ def sha256(file: Path) -> str:
 
 def write_json(file: Path, content: dict[str, Any]) -> None:
     """Write a JSON document for people and machines: indented, strict, newline at the end."""
-    file.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_text(file, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a file whole: an interrupted write leaves what was there."""
+    draft = file.with_name(file.name + ".tmp")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -248,30 +278,20 @@ class Artifact:
 
         Args:
             path: its folder.
-            verify: whether every file must have the content it was written with.
+            verify: whether the files must be exactly those written, with the content they had.
 
         Raises:
-            BadInputError: a file is missing, unreadable or altered; the message names it.
+            BadInputError: a file is missing, foreign, unreadable or altered; the message names it.
         """
         if not path.is_dir():
             what = "is not a folder" if path.exists() else "does not exist"
             raise BadInputError(f"{path}: {what}; give the folder of an artifact")
         config = _read_json(path / CONFIG)
         try:
-            if config["format"] != FORMAT:
-                raise BadInputError(
-                    f"{path / CONFIG}: format {config['format']!r}, this version reads {FORMAT}"
-                )
-            files = dict(config["files"])
-            vectors = tuple(
-                Vector(**entry | {k: Errors(**entry[k]) for k in ("eager", "tolerance")})
-                for entry in config["test_vectors"]
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, BadInputError):
-                raise
+            files, vectors = _checked(config)
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise BadInputError(
-                f"{path / CONFIG}: not an artifact's configuration: {error}"
+                f"{path / CONFIG}: not an artifact's configuration: {_what_is_wrong(error)}"
             ) from error
         for name, expected in files.items():
             file = path / name
@@ -282,9 +302,90 @@ class Artifact:
                     f"{file}: altered or truncated since it was written (its SHA-256 differs from "
                     f"the one in {CONFIG}); export or copy the artifact again"
                 )
-        if MODEL not in files:
-            raise BadInputError(f"{path / CONFIG}: lists no {MODEL}")
+        foreign = sorted(set(digests(path, contents=False)) - set(files)) if verify else []
+        if foreign:
+            raise BadInputError(f"{path / foreign[0]}: not part of the artifact; remove it")
         return cls(path, config, vectors)
+
+
+_LISTED = re.compile(rf"{MODEL}|{WEIGHTS}|{VECTORS}\d+/(input|output)_\d+\.pb")
+# What is read of "graph", and its type.
+_GRAPH_FIELDS: dict[str, type] = {
+    "target": str,
+    "opset": int,
+    "ir_version": int,
+    "dtype": str,
+    "providers": list,
+    "runs_on": dict,
+    "attention": str,
+    "rotation": str,
+    "passed_over": list,
+    "ops": dict,
+    "sha256": str,
+}
+
+
+def _checked(config: dict[str, Any]) -> tuple[dict[str, str], tuple[Vector, ...]]:
+    """Files and vectors of a configuration in which everything that is read later is in order.
+
+    Raises:
+        KeyError, TypeError, ValueError: something is not; the message says what.
+    """
+    if config["format"] != FORMAT:
+        raise ValueError(f"format {config['format']!r}, this version reads {FORMAT}")
+    graph = _typed(config, "graph", dict)
+    for name, kind in _GRAPH_FIELDS.items():
+        _typed(graph, name, kind)
+    for provider in [*graph["providers"], *graph["runs_on"]]:
+        if provider not in _PROVIDERS:
+            raise ValueError(f"unknown provider {provider!r}")
+    if not graph["providers"]:
+        raise ValueError("no providers")
+    texts = [*_typed(config, "notes", list), *graph["passed_over"]]
+    texts += [reason for reason in graph["runs_on"].values() if reason is not None]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("notes and reasons must be texts")
+    if not all(type(count) is int for count in graph["ops"].values()):
+        raise TypeError("ops must be counts")
+    _typed(config, "export", dict)
+    files = _typed(config, "files", dict)
+    for name, digest in files.items():
+        if not _LISTED.fullmatch(name) or not isinstance(digest, str):
+            raise ValueError(f"unexpected file {name!r}")
+    if MODEL not in files:
+        raise ValueError(f"no {MODEL} among the files")
+    vectors = tuple(_vector(entry) for entry in _typed(config, "test_vectors", list))
+    for vector in vectors:
+        if f"{vector.folder}/input_0.pb" not in files:
+            raise ValueError(f"no files of {vector.folder!r}")
+    return files, vectors
+
+
+def _vector(entry: dict[str, Any]) -> Vector:
+    parts = {key: Errors(**entry[key]) for key in ("eager", "tolerance")}
+    vector = Vector(**entry | parts)
+    if not isinstance(vector.name, str) or not re.fullmatch(rf"{VECTORS}\d+", vector.folder):
+        raise ValueError(f"unexpected test vector {vector.folder!r}")
+    for name, least in (("batch", 1), ("sequence", 1), ("past", 0)):
+        value = getattr(vector, name)
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} of {vector.folder} is {value!r}")
+    numbers = [*astuple(vector.eager), *astuple(vector.tolerance)]
+    positive = (vector.tolerance.rel, vector.tolerance.row)
+    if not all(type(n) in (int, float) and 0 <= n < 1e300 for n in numbers) or 0 in positive:
+        raise ValueError(f"errors and tolerances of {vector.folder} must be finite, above 0")
+    return vector
+
+
+def _typed(content: dict[str, Any], name: str, kind: type) -> Any:
+    value = content[name]
+    if not isinstance(value, kind):
+        raise TypeError(f"{name!r} is {type(value).__name__}, not {kind.__name__}")
+    return value
+
+
+def _what_is_wrong(error: Exception) -> str:
+    return f"{error} is missing" if isinstance(error, KeyError) else str(error)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -292,13 +393,8 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadInputError(f"{file}: missing; give the folder of an artifact") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInputError(f"{file}: not readable JSON: {error}") from error
     if not isinstance(content, dict):
         raise BadInputError(f"{file}: must hold a JSON object, got {type(content).__name__}")
     return content
-
-
-def vector_entry(vector: Vector) -> dict[str, Any]:
-    """A vector as ``config.json`` lists it."""
-    return asdict(vector)

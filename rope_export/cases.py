@@ -1,9 +1,9 @@
-"""The cases an artifact is proven on: shapes never traced, inputs, truth, eager's errors."""
+"""The cases an artifact is proven on: inputs, float64 truth, and what eager PyTorch achieves."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,96 +13,25 @@ from torch import Tensor
 
 from rope_export.comparison import errors_against, tolerance
 from rope_export.errors import BadInputError
-from rope_export.reference import Semantics, attention_truth, truth_flops
+from rope_export.reference import Semantics, attention_truth
+from rope_export.shapes import Shape
 from rope_export.trial import Progress, Trial
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
+    from rope_export.rotary import RotaryEmbedding
 
 Array = npt.NDArray[np.generic]
 
-STORED_BYTES = 64 * 2**20
-# Beyond this many operations (about ten seconds of float64 here) truth is sampled.
-TRUTH_FLOPS = 1e12
 _SAMPLED_ROWS = 16  # at either end, and as many in each of the runs in between
 _SAMPLED_RUNS = 14
 # Scores of this spread make a proof sharp: flat ones would hide a wrong rotation or scale.
 _SCORE_SPREAD = 2.0
-# Every example is traced with two rows; no case has two.
-TRACED_BATCH = 2
-TRACED_LENGTH = 6
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One case before its numbers: a name, a batch and a length, and whether it is stored."""
-
-    name: str
-    batch: int
-    sequence: int
-    sampled: bool = False
-    stored: bool = True
-
-
-def plan_shapes(
-    block: Attention, *, longest: int, batch: int, static: bool, with_positions: bool
-) -> list[Shape]:
-    """Choose the shapes to prove, none of them the traced one, and which of them to store.
-
-    Args:
-        block: the block exported.
-        longest: longest sequence to run.
-        batch: rows of a static graph.
-        static: whether the graph has one shape only.
-        with_positions: whether ``position_ids`` is an input.
-    """
-    if static:
-        shapes = [Shape("fixed", batch, longest), Shape("fixed again", batch, longest)]
-    else:
-        wanted = [
-            Shape("one token", 1, 1),
-            Shape("odd length", 1, _odd(min(13, longest))),
-            Shape("batch of three", 3, min(33, longest)),
-            Shape("middle", 1, _odd(min(longest // 2 + 1, 1537))),
-            Shape("longest", 1, longest),
-        ]
-        switch = None if block.rope is None else block.rope.beyond
-        if switch is not None:  # either side of it, as close as can be
-            wanted += [
-                Shape(name, 1, length)
-                for name, length in (
-                    ("up to the switch", switch.length),
-                    ("past the switch", switch.length + 1),
-                )
-                if length <= longest
-            ]
-        shapes = list({(s.batch, s.sequence): s for s in wanted}.values())
-    return _within_cap(block, shapes, with_positions=with_positions)
-
-
-def _within_cap(block: Attention, shapes: list[Shape], *, with_positions: bool) -> list[Shape]:
-    """Say which shapes are stored; one too long to be is followed by the longest that fits."""
-    token_bytes = 2 * block.hidden_size * block.q_proj.weight.element_size() + 8 * with_positions
-    affordable = int((TRUTH_FLOPS / truth_flops(block, 1, 1)) ** 0.5)
-    left = STORED_BYTES
-    planned = []
-    # The two ends come first, so that what has to give is the middle.
-    for shape in sorted(shapes, key=lambda s: (s.name == "middle", s.batch * s.sequence)):
-        size = shape.batch * shape.sequence * token_bytes
-        sampled = truth_flops(block, shape.batch, shape.sequence) > TRUTH_FLOPS
-        stored = not sampled and size <= left
-        if not stored and shape.name == "longest":
-            fitting = min(left // token_bytes, affordable, shape.sequence - 1)
-            if fitting > 0:
-                planned.append(Shape("longest stored", 1, fitting))
-                left -= fitting * token_bytes
-        planned.append(replace(shape, sampled=sampled, stored=stored))
-        left -= size if stored else 0
-    return sorted(planned, key=lambda s: s.batch * s.sequence)
-
-
-def _odd(length: int) -> int:
-    return length if length % 2 else length - 1
+# Inputs so many times larger spread the scores by over a hundred: a weak mask or a clipped score
+# shows. Near ties then decide a token, and what eager errs by on it is luck: such a case is held to
+# four times as much, still far below what those defects do.
+_LOUDNESS = 8.0
+_LOUD_ALLOWANCE = 4.0
 
 
 def make_cases(
@@ -127,26 +56,33 @@ def make_cases(
     """
     gain = input_gain(block, seed)
     dtype = str(block.q_proj.weight.dtype).removeprefix("torch.")
-    cases = []
+    products = max(block.hidden_size, block.num_heads * block.head_dim)
+    cases: list[Trial] = []
+    widest_row = 0.0
     for index, shape in enumerate(shapes):
         progress(f"float64 truth and eager PyTorch: {shape.name} [{shape.batch}, {shape.sequence}]")
         rng = np.random.default_rng([seed, index])
-        x = _draw(rng, block, shape.batch, shape.sequence, gain)
+        deviation = gain * (_LOUDNESS if shape.loud else 1.0)
+        x = _draw(rng, block, shape.batch, shape.sequence, deviation)
         ids = None
-        if positions is not None:
-            switch = None if block.rope is None else block.rope.beyond
-            before = switch is not None and index % 2 == 0 and shape.sequence <= switch.length
-            limit = min(positions, switch.length) if switch and before else positions
-            ids = torch.from_numpy(_draw_positions(rng, shape, limit))
+        if positions is not None and block.rope is not None:
+            ids = torch.from_numpy(_draw_positions(rng, shape, positions, block.rope))
         rows = _sample_rows(rng, shape.sequence) if shape.sampled else None
         truth = attention_truth(block, x, position_ids=ids, rows=rows).numpy()
-        eager_output = _eager(block, x, ids, rows).double().numpy()
-        eager = errors_against(truth, eager_output)
+        eager = errors_against(truth, _eager(block, x, ids, rows).double().numpy())
         if not math.isfinite(eager.rel):
+            if shape.loud:
+                continue  # beyond what the dtype carries, in PyTorch too
             raise BadInputError(
                 f"dtype {dtype} is too narrow for this block: eager PyTorch itself overflows on "
-                f"inputs [{shape.batch}, {shape.sequence}] of standard deviation {gain:.2g}"
+                f"inputs [{shape.batch}, {shape.sequence}] of standard deviation {deviation:.2g}"
             )
+        held_to = tolerance(eager, dtype, products)
+        if shape.loud:
+            held_to = replace(
+                held_to, rel=_LOUD_ALLOWANCE * held_to.rel, row=_LOUD_ALLOWANCE * held_to.row
+            )
+        widest_row = max(widest_row, 0.0 if shape.loud else held_to.row)
         inputs: dict[str, Array] = {"hidden_states": to_numpy(x)}
         if ids is not None:
             inputs["position_ids"] = ids.numpy()
@@ -160,15 +96,15 @@ def make_cases(
                 truth=truth,
                 rows=None if rows is None else rows.numpy(),
                 eager=eager,
-                tolerance=tolerance(
-                    eager,
-                    dtype,
-                    max(block.hidden_size, block.num_heads * block.head_dim),
-                ),
+                tolerance=held_to,
                 stored=shape.stored,
             )
         )
-    return cases
+    # One token says little about what a token may be off by: all tokens of all cases do.
+    return [
+        replace(case, tolerance=replace(case.tolerance, row=max(case.tolerance.row, widest_row)))
+        for case in cases
+    ]
 
 
 def input_gain(block: Attention, seed: int) -> float:
@@ -230,20 +166,37 @@ def _draw(
 
 
 def _draw_positions(
-    rng: np.random.Generator, shape: Shape, positions: int
+    rng: np.random.Generator, shape: Shape, positions: int, rope: RotaryEmbedding
 ) -> npt.NDArray[np.int64]:
-    """Positions as callers send them: shifted, packed documents, unordered; the last included."""
+    """Every position in some order where the shape asks for it, else positions as callers send."""
+    if shape.every_position_below:
+        return _every_position(rng, shape, positions, rope)
     ids = np.empty((shape.batch, shape.sequence), dtype=np.int64)
     for row in range(shape.batch):
-        if row % 3 == 0 and shape.sequence < 64:
+        if row % 3 == 0:
             ids[row] = rng.integers(0, positions, shape.sequence)
-        elif row % 3 == 1:
+        elif row % 3 == 1:  # the continuation of an earlier part
             ids[row] = np.arange(shape.sequence) + rng.integers(0, positions - shape.sequence + 1)
-        else:
+        else:  # two documents in one row
             cut = int(rng.integers(0, shape.sequence + 1))
             ids[row] = np.concatenate([np.arange(cut), np.arange(shape.sequence - cut)])
     ids[0, -1] = positions - 1
     return ids
+
+
+def _every_position(
+    rng: np.random.Generator, shape: Shape, positions: int, rope: RotaryEmbedding
+) -> npt.NDArray[np.int64]:
+    """Positions that read every row of every table, in random order."""
+    count = shape.batch * shape.sequence
+    drawn = rng.permutation(shape.every_position_below)
+    if rope.max_seq_len is None:  # two tables, composed: run through both
+        drawn = drawn % rope.fine_rows + rope.fine_rows * (drawn % rope.coarse_rows)
+    more = rng.choice(drawn, max(0, count - len(drawn)))
+    ids = np.concatenate([drawn, more])[:count].astype(np.int64)
+    if shape.name == "longest" and positions - 1 not in ids:
+        ids[-1] = positions - 1
+    return ids.reshape(shape.batch, shape.sequence)
 
 
 def _sample_rows(rng: np.random.Generator, length: int) -> Tensor:

@@ -6,7 +6,8 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +17,12 @@ from torch._dynamo.exc import UserError
 import rope_export
 from rope_export import artifact, graph, runtime
 from rope_export.attention import Attention
-from rope_export.cases import TRACED_BATCH, TRACED_LENGTH
 from rope_export.errors import ExportError
 from rope_export.lowering import lowering_to, rules
 from rope_export.lowering.target import Target
 from rope_export.plan import Plan
 from rope_export.report import Report
+from rope_export.shapes import TRACED_BATCH, TRACED_LENGTH
 from rope_export.trial import OUTPUT, Progress, Trial, silent
 from rope_export.validator import make_trials, prove
 
@@ -144,8 +145,8 @@ def export(
                 "options": options or {},
                 "graph": description,
                 "notes": notes,
-                "test_vectors": [artifact.vector_entry(vector) for vector in vectors],
-                "versions": {"rope_export": rope_export.__version__, "torch": torch.__version__},
+                "test_vectors": [asdict(vector) for vector in vectors],
+                "versions": _versions(),
                 "files": artifact.digests(folder),
             }
             artifact.write_json(folder / artifact.CONFIG, config)
@@ -298,6 +299,11 @@ def _store(folder: Path, trials: list[Trial]) -> list[artifact.Vector]:
         artifact.write_vector(folder, vector, trial.inputs, {OUTPUT: trial.truth.astype(dtype)})
         vectors.append(vector)
     return vectors
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
+    return {"rope_export": rope_export.__version__, **{p: metadata.version(p) for p in packages}}
 
 
 @contextmanager

@@ -134,7 +134,7 @@ class Report:
     def write(self, folder: Path) -> None:
         """Write ``report.json`` and ``report.md`` into ``folder``."""
         artifact.write_json(folder / artifact.REPORT, self.to_json())
-        (folder / artifact.REPORT_TEXT).write_text(self.to_markdown(), encoding="utf-8")
+        artifact.write_text(folder / artifact.REPORT_TEXT, self.to_markdown())
 
 
 def _finite(value: float) -> float | None:

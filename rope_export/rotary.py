@@ -97,6 +97,10 @@ class RotaryEmbedding(nn.Module):
         """How many positions are served: ``0 … positions - 1``."""
         return self.max_seq_len if self.max_seq_len is not None else _FINE_ROWS * _COARSE_ROWS
 
+    # Without a table for all positions: position = fine + fine_rows * coarse.
+    fine_rows = _FINE_ROWS
+    coarse_rows = _COARSE_ROWS
+
     def extra_repr(self) -> str:
         """One line for ``print(module)``."""
         return (

@@ -60,7 +60,12 @@ def random_block(
     Raises:
         BadInputError: an argument is out of range, or the block does not fit in memory.
     """
-    width = head_dim or max(1, hidden_size // num_heads)
+    if head_dim is None and num_heads > 0 and hidden_size % num_heads:
+        raise BadInputError(
+            f"hidden_size must be a multiple of num_heads when head_dim is not given, "
+            f"got {hidden_size} and {num_heads}"
+        )
+    width = head_dim or hidden_size // max(1, num_heads)
     stated = scaling if isinstance(scaling, Mapping) else {}
     if theta is None:
         theta = stated.get("rope_theta") or _DEFAULT_THETA

@@ -134,9 +134,16 @@ def stored_trials(artifact: Artifact) -> Iterable[Trial]:
     """
     for vector in artifact.vectors:
         inputs, outputs = read_vector(artifact.path, vector)
-        if OUTPUT not in outputs or "hidden_states" not in inputs:
+        tensors = [t for t in (inputs.get("hidden_states"), outputs.get(OUTPUT)) if t is not None]
+        kinds = {(t.shape[:-1], t.dtype) for t in tensors}
+        if (
+            len(tensors) != 2
+            or len(kinds) != 1
+            or kinds.pop()[0] != (vector.batch, vector.sequence)
+        ):
             raise BadInputError(
-                f"{artifact.path / vector.folder}: holds no vector of this artifact"
+                f"{artifact.path / vector.folder}: holds no vector of {vector.batch} x "
+                f"{vector.sequence} tokens"
             )
         yield Trial(
             name=vector.name,
@@ -170,7 +177,10 @@ def replay(
     """
     artifact = Artifact.read(Path(path), verify=True)
     if not artifact.vectors:
-        raise BadInputError(f"{artifact.path}: holds no test vectors; export it again")
+        raise BadInputError(
+            f"{artifact.path}: holds no test vectors (its one shape is larger than 64 MiB), so it "
+            "can be proven only where it is exported"
+        )
     graph = artifact.config["graph"]
     named = tuple(providers)
     for provider in named:

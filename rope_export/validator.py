@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rope_export import cases, runtime
+from rope_export import cases, runtime, shapes
 from rope_export.artifact import Artifact
 from rope_export.errors import BadInputError
 from rope_export.plan import Plan
@@ -69,19 +69,19 @@ def make_trials(block: Attention, plan: Plan, progress: Progress) -> tuple[list[
         BadInputError: a static graph does not fit in memory.
     """
     longest, notes = _longest_that_fits(block, plan)
-    shapes = cases.plan_shapes(
+    planned = shapes.plan_shapes(
         block,
         longest=longest,
         batch=plan.batch,
         static=plan.static,
         with_positions=plan.position_ids,
     )
-    positions = plan.longest if plan.position_ids else None
+    positions = block.rope.positions if plan.position_ids and block.rope else None
     was_training = block.training
     block.eval()
     try:
         trials = cases.make_cases(
-            block, shapes, seed=plan.seed, positions=positions, progress=progress
+            block, planned, seed=plan.seed, positions=positions, progress=progress
         )
     finally:
         block.train(was_training)
@@ -94,9 +94,10 @@ def make_trials(block: Attention, plan: Plan, progress: Progress) -> tuple[list[
             )
         if not trial.stored:
             stored = max((t.sequence for t in trials if t.stored), default=0)
+            longest_stored = f"the longest stored has {stored} tokens" if stored else "none fits"
             notes.append(
                 f"{trial.name} [{trial.batch}, {trial.sequence}] is proven at export but not "
-                f"stored as a test vector (64 MiB in all); the longest stored has {stored} tokens"
+                f"stored as a test vector (64 MiB in all); {longest_stored}"
             )
     return trials, notes
 
@@ -154,12 +155,13 @@ def _longest_that_fits(block: Attention, plan: Plan) -> tuple[int, list[str]]:
         fitting = int(usable / per_token)
     scores = f"target {plan.target} holds the scores of all token pairs; " if per_pair else ""
     needed = (
-        f"{scores}length {plan.longest} takes about "
+        f"{scores}{plan.batch} x {plan.longest} tokens take about "
         f"{_gib(per_token * plan.longest + per_pair * plan.longest**2)}, and "
         f"{_gib(available)} are free here"
     )
     if plan.static or fitting < 1:
-        raise BadInputError(f"max_seq_len {plan.longest} does not fit in memory: {needed}")
+        shape = f"batch {plan.batch}, max_seq_len {plan.longest}"
+        raise BadInputError(f"{shape} does not fit in memory: {needed}")
     return fitting, [f"proven only up to length {fitting} of {plan.longest}: {needed}"]
 
 

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from rope_export import BadInputError, artifact, export
-from rope_export.cases import STORED_BYTES
+from rope_export.shapes import STORED_BYTES
 
 
 def test_vectors_replay_with_plain_onnx(tmp_path):
@@ -25,7 +25,7 @@ def test_vectors_replay_with_plain_onnx(tmp_path):
     result = export(mutants.block(), tmp_path / "standard", target="onnx")
     evaluator = ReferenceEvaluator(str(result.model))
     folders = sorted(result.path.glob("test_data_set_*"))
-    assert len(folders) == 5
+    assert len(folders) == 7
     for folder in folders:
         tensors = {}
         for kind in ("input", "output"):
@@ -33,7 +33,8 @@ def test_vectors_replay_with_plain_onnx(tmp_path):
             tensor.ParseFromString((folder / f"{kind}_0.pb").read_bytes())
             tensors[tensor.name] = numpy_helper.to_array(tensor)
         (output,) = evaluator.run(None, {"hidden_states": tensors["hidden_states"]})
-        np.testing.assert_allclose(output, tensors["output"], rtol=2e-5, atol=2e-5)
+        distance = np.linalg.norm(output - tensors["output"])
+        assert distance < 1e-4 * np.linalg.norm(tensors["output"])
 
 
 def test_vectors_cover_the_shapes_promised(artifact_of_block):

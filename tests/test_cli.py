@@ -32,16 +32,16 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_block_then_validate(cli, tmp_path):
     result = cli(*BLOCK)
     assert result.returncode == 0, result.stderr
-    assert "PASSED: 5 comparisons" in result.stdout
+    assert "PASSED: 7 comparisons" in result.stdout
     assert "com.microsoft::GroupQueryAttention" in result.stdout
     assert "rope-export validate exported/block" in result.stdout
     assert " s  cpu: longest [1, 48]" in result.stderr
     files = {p.name for p in (tmp_path / "exported/block").iterdir()}
-    vectors = {f"test_data_set_{k}" for k in range(5)}
+    vectors = {f"test_data_set_{k}" for k in range(7)}
     assert files == {"model.onnx", "config.json", "report.json", "report.md"} | vectors
     replayed = cli("validate", "exported/block")
     assert replayed.returncode == 0, replayed.stderr
-    assert "PASSED: 5 comparisons" in replayed.stdout
+    assert "PASSED: 7 comparisons" in replayed.stdout
 
 
 def test_json_is_the_only_thing_on_stdout_and_is_the_report(cli, tmp_path):
@@ -54,7 +54,7 @@ def test_json_is_the_only_thing_on_stdout_and_is_the_report(cli, tmp_path):
     assert document["providers"]["cpu"]["nodes"] == {"CPUExecutionProvider": 10}
     assert document["graph"]["ops"]["com.microsoft::GroupQueryAttention"] == 1
     shapes = {(c["batch"], c["sequence"]) for c in document["cases"]}
-    assert shapes == {(1, 1), (1, 13), (3, 33), (1, 25), (1, 48)}
+    assert shapes == {(1, 1), (1, 13), (2, 7), (3, 33), (5, 32), (1, 25), (1, 48)}
     for case in document["cases"]:
         assert case["rel_error"] <= case["tolerance"]
         assert case["past"] == 0
@@ -180,7 +180,7 @@ def test_a_graph_for_cuda_can_be_made_without_cuda(cli, tmp_path, dtype):
         assert "no bfloat16 kernel" in error_line(replayed)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("during", ["tracing", "cpu: longest"])
 def test_an_interruption_keeps_the_earlier_artifact_and_nothing_else(tmp_path, cli, signum, during):
     assert cli(*BLOCK).returncode == 0
@@ -218,11 +218,62 @@ def test_a_full_disk_keeps_the_earlier_artifact_and_nothing_else(cli, tmp_path):
     assert tree(tmp_path) == before
 
 
+def test_a_reader_that_has_gone_is_not_a_failed_comparison(tmp_path):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end) as gone:
+        result = subprocess.run(
+            [*COMMAND, *BLOCK], cwd=tmp_path, stdout=gone, stderr=subprocess.PIPE, check=False
+        )
+    assert result.returncode == 128 + signal.SIGPIPE
+    assert b"Traceback" not in result.stderr
+    assert (tmp_path / "exported/block/report.json").exists()
+
+
+def test_output_that_cannot_be_printed_says_where_the_artifact_is(cli, tmp_path):
+    with Path("/dev/full").open("w") as full:
+        result = cli(*BLOCK, capture_output=False, stdout=full, stderr=subprocess.PIPE)
+    assert result.returncode == 2
+    assert "No space left on device; the artifact is at exported/block" in error_line(result)
+    assert (tmp_path / "exported/block/report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("out", "says"),
+    [("..", "is the current folder, or above it"), (b"\xff", "no valid text in this locale")],
+)
+def test_destinations_that_cannot_be(cli, out, says):
+    result = cli(*BLOCK, "--out", out)
+    assert result.returncode == 2
+    assert says in error_line(result)
+
+
+def test_an_artifact_is_no_place_for_another(cli, tmp_path):
+    assert cli(*BLOCK).returncode == 0
+    before = tree(tmp_path)
+    assert "is an artifact itself" in error_line(cli(*BLOCK, "--out", "exported/block/inner"))
+    assert "current folder" in error_line(
+        cli(*BLOCK, "--out", ".", cwd=tmp_path / "exported/block")
+    )
+    assert tree(tmp_path) == before
+
+
+def test_the_effective_options_are_kept(cli, tmp_path):
+    assert cli(*BLOCK, "--theta", "500", "--seed", "4").returncode == 0
+    config = json.loads((tmp_path / "exported/block/config.json").read_text())
+    assert config["options"]["theta"] == 500
+    assert config["options"]["seed"] == 4
+    assert config["options"]["target"] == "ort"
+    assert {"rope_export", "torch", "onnx", "onnxscript"} <= config["versions"].keys()
+
+
 def test_an_earlier_artifact_is_replaced_whole(cli, tmp_path):
     assert cli(*BLOCK, "--target", "primitive").returncode == 0
     assert cli(*BLOCK, "--static").returncode == 0
     names = {p.name for p in (tmp_path / "exported/block").iterdir()}
-    assert {n for n in names if n.startswith("test_data")} == {"test_data_set_0", "test_data_set_1"}
+    assert {n for n in names if n.startswith("test_data")} == {
+        f"test_data_set_{k}" for k in range(3)
+    }
     assert [p.name for p in (tmp_path / "exported").iterdir()] == ["block"]
 
 
@@ -266,6 +317,62 @@ def damage_format(folder: Path) -> str:
     return "format 99, this version reads 1"
 
 
+def edit(folder: Path, **changes: object) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+
+
+def damage_notes(folder: Path) -> str:
+    edit(folder, notes=None)
+    return "'notes' is NoneType, not list"
+
+
+def damage_graph(folder: Path) -> str:
+    edit(folder, graph=5)
+    return "'graph' is int, not dict"
+
+
+def damage_tolerance(folder: Path) -> str:
+    vectors = json.loads((folder / "config.json").read_text())["test_vectors"]
+    vectors[0]["tolerance"]["rel"] = 0
+    edit(folder, test_vectors=vectors)
+    return "must be finite, above 0"
+
+
+def damage_batch(folder: Path) -> str:
+    vectors = json.loads((folder / "config.json").read_text())["test_vectors"]
+    vectors[0]["batch"] = 0
+    edit(folder, test_vectors=vectors)
+    return "batch of test_data_set_0 is 0"
+
+
+def damage_vector_folder(folder: Path) -> str:
+    vectors = json.loads((folder / "config.json").read_text())["test_vectors"]
+    vectors[0]["folder"] = "../elsewhere"
+    edit(folder, test_vectors=vectors)
+    return "unexpected test vector '../elsewhere'"
+
+
+def damage_files_outside(folder: Path) -> str:
+    edit(folder, files={"/etc/passwd": "0"})
+    return "unexpected file '/etc/passwd'"
+
+
+def damage_foreign_file(folder: Path) -> str:
+    shutil.copy(folder / "test_data_set_1/input_0.pb", folder / "test_data_set_1/input_9.pb")
+    return "test_data_set_1/input_9.pb: not part of the artifact"
+
+
+def damage_vector_shape(folder: Path) -> str:
+    """Another case's output, with its checksum brought along."""
+    file = folder / "test_data_set_1/output_0.pb"
+    shutil.copy(folder / "test_data_set_2/output_0.pb", file)
+    files = json.loads((folder / "config.json").read_text())["files"]
+    files["test_data_set_1/output_0.pb"] = files["test_data_set_2/output_0.pb"]
+    edit(folder, files=files)
+    return "test_data_set_1: holds no vector of 1 x 13 tokens"
+
+
 def damage_all(folder: Path) -> str:
     shutil.rmtree(folder)
     return "does not exist"
@@ -281,6 +388,14 @@ def damage_all(folder: Path) -> str:
         damage_config_type,
         damage_config_content,
         damage_format,
+        damage_notes,
+        damage_graph,
+        damage_tolerance,
+        damage_batch,
+        damage_vector_folder,
+        damage_files_outside,
+        damage_foreign_file,
+        damage_vector_shape,
         damage_all,
     ],
 )

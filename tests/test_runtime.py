@@ -92,7 +92,7 @@ def test_a_graph_that_does_not_load_fails_every_case(artifact_of_block, tmp_path
     onnx.save(model, folder / "model.onnx")
     report = validate(folder, mutants.block())
     assert not report.passed
-    assert len(report.cases) == 5
+    assert len(report.cases) == 7
     assert all("NoSuchAttention" in str(case.reason) for case in report.cases)
 
 
@@ -151,9 +151,9 @@ def test_a_target_too_large_for_memory_is_proven_as_far_as_it_goes(tmp_path, mon
 
 
 def test_long_sequences_are_sampled_and_say_so(tmp_path, monkeypatch):
-    from rope_export import cases
+    from rope_export import shapes
 
-    monkeypatch.setattr(cases, "TRUTH_FLOPS", 1e8)
+    monkeypatch.setattr(shapes, "TRUTH_FLOPS", 1e8)
     block = mutants.block(max_seq_len=2000)
     result = export(block, tmp_path / "block", validate=True)
     assert result.report.passed

@@ -6,10 +6,20 @@ import shutil
 from pathlib import Path
 
 import mutants
+import numpy as np
 import onnx
 import pytest
+import torch
 
-from rope_export import BadInputError, ExportResult, export, replay, validate
+from rope_export import (
+    Attention,
+    BadInputError,
+    ExportResult,
+    RotaryEmbedding,
+    export,
+    replay,
+    validate,
+)
 from rope_export.lowering import rules
 
 TARGETS = rules.TARGETS
@@ -74,3 +84,56 @@ def test_the_graph_of_a_wrong_block_fails(target, dtype, mutate, tmp_path):
     result = export(wrong, tmp_path / "wrong", target=target)
     assert not validate(result, right).passed
     assert validate(result, wrong).passed
+
+
+@pytest.mark.parametrize("row", [3, 17, 46])
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_row_of_the_table_is_read_when_positions_are_an_input(target, row, tmp_path):
+    block = mutants.block()
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        export(block, folder, target=target, position_ids=True, seed=seed)
+        model = onnx.load(folder / "model.onnx")
+        mutants.change(mutants.table(model, "rope.cos"), zeroed(row))
+        onnx.save(model, folder / "model.onnx")
+        assert not validate(folder, block).passed
+
+
+def zeroed(row: int):
+    def change(table):
+        table[row] = 0
+        return table
+
+    return change
+
+
+@pytest.mark.parametrize("row", [4095, 64])
+@pytest.mark.parametrize("target", TARGETS)
+def test_both_composed_tables_are_read_when_positions_are_an_input(target, row, tmp_path):
+    torch.manual_seed(0)
+    block = Attention(32, 2, rope=RotaryEmbedding(16, layout="half"))
+    result = export(block, tmp_path / "block", target=target, position_ids=True, max_seq_len=64)
+    assert validate(result, block).passed
+    original = result.model.read_bytes()
+    for name, changed in (("rope.cos", row), ("rope.coarse_sin", row % 2443)):
+        model = onnx.load_from_string(original)
+        mutants.change(mutants.table(model, name), zeroed(changed))
+        onnx.save(model, result.model)
+        assert not validate(result, block).passed
+
+
+def weakened_mask(model: onnx.ModelProto) -> None:
+    """Hidden scores pushed down by a hundred only, enough for quiet inputs."""
+    (where,) = [n for n in model.graph.node if n.op_type == "Where"]
+    (mask,) = [t for t in model.graph.initializer if t.name in where.input]
+    mutants.change(mask, lambda _: np.array(-100.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_too_weak_for_large_scores_fails(exported, dtype, tmp_path):
+    folder = copied(exported["primitive", dtype], tmp_path)
+    model = onnx.load(folder / "model.onnx")
+    weakened_mask(model)
+    onnx.save(model, folder / "model.onnx")
+    report = validate(folder, mutants.block(dtype))
+    assert [case.name for case in report.cases if not case.passed] == ["loud inputs"]

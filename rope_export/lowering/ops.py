@@ -29,7 +29,7 @@ def rotary_embedding(
     head_dim: int,
     layout: Layout,
 ) -> Tensor:
-    """ONNX ``RotaryEmbedding-23``.
+    """ONNX ``RotaryEmbedding-23``, in float32.
 
     Args:
         x: ``[B, S, num_heads * head_dim]`` or ``[B, num_heads, S, head_dim]``.
@@ -46,15 +46,18 @@ def rotary_embedding(
     rotated = 2 * cos.shape[-1]
     if rotated != head_dim:
         attributes["rotary_embedding_dim"] = rotated
-    inputs = (x, cos.to(x.dtype), sin.to(x.dtype), position_ids)
-    return torch.onnx.ops.symbolic(
+    # The operator wants tables of its input's dtype: half-precision heads are turned in float32.
+    wide = x.float()
+    inputs = (wide, cos.float(), sin.float(), position_ids)
+    turned = torch.onnx.ops.symbolic(
         "RotaryEmbedding",
         inputs if position_ids is not None else inputs[:3],
         attrs=attributes,
-        dtype=x.dtype,
+        dtype=wide.dtype,
         shape=x.shape,
         version=23,
     )
+    return turned.to(x.dtype)
 
 
 def attention(

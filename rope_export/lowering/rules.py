@@ -189,8 +189,7 @@ _ATTENTION = (
     Limit(
         "cpu",
         _dtypes("float32"),
-        "RotaryEmbedding and Attention on the CPU round tables and scores to {dtype}; they are "
-        "given float32 instead",
+        "Attention on the CPU rounds its {dtype} scores to {dtype}; it is given float32 instead",
     ),
 )
 
