@@ -38,7 +38,7 @@ REASON = {
     "no table": "rotation inside GroupQueryAttention needs one cos/sin table",
     "linear": "MultiHeadAttention on the CPU provider has a memory-linear kernel only when not",
     "bfloat16 mha": "MultiHeadAttention has no bfloat16 kernel on CUDA",
-    "half on cpu": "Attention on the CPU rounds tables and scores to float16",
+    "half on cpu": "Attention on the CPU rounds its float16 scores to float16",
 }
 
 # What differs from BEST, the form, and the reason for each better form in turn.
