@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from rope_export.comparison import Errors
 from rope_export.errors import BadInputError
+from rope_export.runtime import ENDPOINTS
 
 Array = npt.NDArray[Any]
 
@@ -29,7 +30,6 @@ FORMAT = 1
 MODEL, WEIGHTS, CONFIG = "model.onnx", "model.onnx.data", "config.json"
 REPORT, REPORT_TEXT = "report.json", "report.md"
 VECTORS = "test_data_set_"
-_PROVIDERS = ("cpu", "cuda")
 _OURS = (MODEL, WEIGHTS, CONFIG, REPORT, REPORT_TEXT)
 # Folders being written, with the parents made for them: what an interruption must clear away.
 _unfinished: dict[Path, list[Path]] = {}
@@ -337,7 +337,7 @@ def _checked(config: dict[str, Any]) -> tuple[dict[str, str], tuple[Vector, ...]
     for name, kind in _GRAPH_FIELDS.items():
         _typed(graph, name, kind)
     for provider in [*graph["providers"], *graph["runs_on"]]:
-        if provider not in _PROVIDERS:
+        if provider not in ENDPOINTS:
             raise ValueError(f"unknown provider {provider!r}")
     if not graph["providers"]:
         raise ValueError("no providers")
