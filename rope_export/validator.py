@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rope_export import cases, runtime, shapes
-from rope_export.artifact import Artifact
+from rope_export.artifact import Artifact, sha256
 from rope_export.errors import BadInputError
 from rope_export.plan import Plan
 from rope_export.report import Report
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 _MEMORY_SHARE = 0.8
 _SENSITIVITY_LENGTH = 64
+# A switch further out is proven like any other, but what ignoring it would do is not worked out.
+_FAR_SWITCH = 2048
 
 
 def validate(
@@ -126,11 +128,12 @@ def prove(
         progress=progress,
     )
     beyond = None if block.rope is None else block.rope.beyond
-    length = min(_SENSITIVITY_LENGTH + (beyond.length if beyond else 0), plan.longest)
+    past_switch = beyond.length if beyond and beyond.length <= _FAR_SWITCH else 0
+    length = min(_SENSITIVITY_LENGTH + past_switch, plan.longest)
     return Report(
         providers=statuses,
         cases=tuple(results),
-        graph=artifact.config["graph"],
+        graph={**artifact.config["graph"], "sha256": sha256(artifact.model)},
         environment=runtime.environment(),
         sensitivity=cases.sensitivities(block, length=length, seed=plan.seed),
         notes=tuple(artifact.config["notes"]),

@@ -12,7 +12,15 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from rope_export import ProviderUnavailableError, export, replay, runtime, trial, validate
+from rope_export import (
+    ProviderUnavailableError,
+    artifact,
+    export,
+    replay,
+    runtime,
+    trial,
+    validate,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +100,7 @@ def test_a_graph_that_does_not_load_fails_every_case(artifact_of_block, tmp_path
     onnx.save(model, folder / "model.onnx")
     report = validate(folder, mutants.block())
     assert not report.passed
+    assert report.graph["sha256"] == artifact.sha256(folder / "model.onnx")
     assert len(report.cases) == 7
     assert all("NoSuchAttention" in str(case.reason) for case in report.cases)
 
