@@ -46,8 +46,8 @@ def hand_built(block: Attention, path: Path) -> None:
     arrays = {
         "qkv": packed,
         "out": block.o_proj.weight.detach().numpy().T,
-        "cos": block.rope.cos.numpy(),
-        "sin": block.rope.sin.numpy(),
+        "cos": block.rope.angles.cos.numpy(),
+        "sin": block.rope.angles.sin.numpy(),
         "one": np.array([1], dtype=np.int32),
     }
     gqa = helper.make_node(

@@ -82,8 +82,9 @@ Examples:
     type=JsonObject(),
     default=None,
     metavar="JSON|@FILE",
-    help="Hugging Face rope_parameters or rope_scaling: default, linear, llama3, longrope, ntk, "
-    'or yarn, for example \'{"rope_type": "yarn", "factor": 4}\'.',
+    help="Hugging Face rope_parameters or rope_scaling: axial, default, dynamic, linear, llama3, "
+    "longrope, mrope, ntk, proportional or yarn, for example "
+    '\'{"rope_type": "yarn", "factor": 4}\'.',
 )
 @click.option(
     "--rotary-dim",
@@ -103,7 +104,8 @@ Examples:
 @click.option(
     "--position-ids",
     is_flag=True,
-    help="Take positions as an input [batch, sequence] instead of 0, 1, 2, …",
+    help="Take positions as an input [batch, sequence] instead of 0, 1, 2, …; [axes, batch, "
+    "sequence] with mrope and axial.",
 )
 @click.option(
     "--target",

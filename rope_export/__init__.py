@@ -19,6 +19,13 @@ if TYPE_CHECKING:
     from rope_export.exporter import export as export
     from rope_export.report import Report as Report
     from rope_export.rotary import RotaryEmbedding as RotaryEmbedding
+    from rope_export.rotation import apply_learned_rotations as apply_learned_rotations
+    from rope_export.rotation import apply_rotary_emb as apply_rotary_emb
+    from rope_export.rotation import broadcat as broadcat
+    from rope_export.sinusoidal import (
+        SinusoidalPositionalEncoding as SinusoidalPositionalEncoding,
+    )
+    from rope_export.sinusoidal import TokenEmbedding as TokenEmbedding
     from rope_export.trial import replay as replay
     from rope_export.validator import validate as validate
 
@@ -33,6 +40,11 @@ _HOME = {
     "Report": "report",
     "RopeExportError": "errors",
     "RotaryEmbedding": "rotary",
+    "SinusoidalPositionalEncoding": "sinusoidal",
+    "TokenEmbedding": "sinusoidal",
+    "apply_learned_rotations": "rotation",
+    "apply_rotary_emb": "rotation",
+    "broadcat": "rotation",
     "export": "exporter",
     "replay": "trial",
     "validate": "validator",

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rope_export.angles import COARSE_ROWS, FINE_ROWS
 from rope_export.comparison import errors_against, tolerance
 from rope_export.errors import BadInputError
 from rope_export.reference import Semantics, attention_truth
@@ -57,6 +58,7 @@ def make_cases(
     gain = input_gain(block, seed)
     dtype = str(block.q_proj.weight.dtype).removeprefix("torch.")
     products = max(block.hidden_size, block.num_heads * block.head_dim)
+    axes = 1 if block.rope is None else block.rope.axes
     cases: list[Trial] = []
     widest_row = 0.0
     for index, shape in enumerate(shapes):
@@ -66,7 +68,8 @@ def make_cases(
         x = _draw(rng, block, shape.batch, shape.sequence, deviation)
         ids = None
         if positions is not None and block.rope is not None:
-            ids = torch.from_numpy(_draw_positions(rng, shape, positions, block.rope))
+            drawn = [_draw_positions(rng, shape, positions, block.rope) for _ in range(axes)]
+            ids = torch.from_numpy(np.stack(drawn) if axes > 1 else drawn[0])
         rows = _sample_rows(rng, shape.sequence) if shape.sampled else None
         truth = attention_truth(block, x, position_ids=ids, rows=rows).numpy()
         eager = errors_against(truth, _eager(block, x, ids, rows).double().numpy())
@@ -111,7 +114,9 @@ def input_gain(block: Attention, seed: int) -> float:
     """Standard deviation of the inputs at which the scores spread by about two."""
     x = _draw(np.random.default_rng([seed, 1 << 20]), block, 1, 64, 1.0)
     with torch.no_grad():
-        q, k, _ = block.heads(x, position_ids=torch.zeros(64, dtype=torch.int64))
+        q, k, _ = block.heads(
+            x, position_ids=torch.zeros((*_axes(block), 1, 64), dtype=torch.int64)
+        )
     groups = block.num_heads // block.num_kv_heads
     scores = q.double() @ k.double().repeat_interleave(groups, dim=1).transpose(-1, -2)
     spread = float((scores * block.scale).std())
@@ -127,16 +132,23 @@ def sensitivities(block: Attention, *, length: int, seed: int) -> dict[str, floa
     defects: dict[str, Semantics] = {
         "score scale 2 % off": replace(meaning, scale=meaning.scale * 1.02)
     }
-    if meaning.inv_freq is not None:
+    found = meaning.found
+    if found is not None:
         other = "interleaved" if meaning.layout == "half" else "half"
-        if meaning.beyond is not None and length > meaning.beyond.length:
-            defects["switch ignored"] = replace(meaning, beyond=None)
-        defects["sine negated"] = replace(meaning, inv_freq=-meaning.inv_freq, beyond=None)
+        moving = found.beyond or found.stretch
+        if moving is not None and length > moving.length:
+            fixed = replace(found, beyond=None, stretch=None)
+            defects["length ignored"] = replace(meaning, found=fixed)
+        mirrored = replace(found, inv_freq=-found.inv_freq, beyond=None)
+        defects["sine negated"] = replace(meaning, found=mirrored)
         defects["queries one position late"] = replace(meaning, query_shift=1)
-        if meaning.attention_factor != 1:
-            defects["attention factor dropped"] = replace(meaning, attention_factor=1.0)
-        if meaning.inv_freq.shape[0] > 1:
+        if found.attention_factor != 1:
+            plain = replace(found, attention_factor=1.0)
+            defects["attention factor dropped"] = replace(meaning, found=plain)
+        if len(found.inv_freq) > 1:
             defects["other pairing"] = replace(meaning, layout=other)
+        if meaning.decay is not None:
+            defects["xPos dropped"] = replace(meaning, decay=None)
     defects["causal mask flipped"] = replace(meaning, causal=not meaning.causal)
     if meaning.num_kv_heads > 1:
         defects["value heads rolled"] = replace(meaning, value_roll=1)
@@ -156,6 +168,11 @@ def to_numpy(x: Tensor) -> Array:
         return bits
     array: Array = x.numpy()
     return array
+
+
+def _axes(block: Attention) -> tuple[int, ...]:
+    """Leading axes of position_ids."""
+    return (block.rope.axes,) if block.rope is not None and block.rope.axes > 1 else ()
 
 
 def _draw(
@@ -190,8 +207,8 @@ def _every_position(
     """Positions that read every row of every table, in random order."""
     count = shape.batch * shape.sequence
     drawn = rng.permutation(shape.every_position_below)
-    if rope.max_seq_len is None:  # two tables, composed: run through both
-        drawn = drawn % rope.fine_rows + rope.fine_rows * (drawn % rope.coarse_rows)
+    if rope.angles.coarse_cos is not None:  # two tables, composed: run through both
+        drawn = drawn % FINE_ROWS + FINE_ROWS * (drawn % COARSE_ROWS)
     more = rng.choice(drawn, max(0, count - len(drawn)))
     ids = np.concatenate([drawn, more])[:count].astype(np.int64)
     if shape.name == "longest" and positions - 1 not in ids:

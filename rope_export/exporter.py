@@ -186,23 +186,33 @@ def build_model(block: Attention, plan: Plan) -> tuple[ir.Model, rules.Choice]:
     weight = block.q_proj.weight
     hidden_states = torch.zeros(*shape, block.hidden_size, dtype=weight.dtype, device=weight.device)
     keywords = {}
+    lead = [block.rope.axes] if block.rope is not None and block.rope.axes > 1 else []
+    dynamic = {"hidden_states": dims}
     if plan.position_ids:
-        keywords["position_ids"] = torch.zeros(shape, dtype=torch.int64, device=weight.device)
-    names = ["hidden_states", *keywords]
+        keywords["position_ids"] = torch.zeros(
+            *lead, *shape, dtype=torch.int64, device=weight.device
+        )
+        dynamic["position_ids"] = {len(lead) + index: dim for index, dim in dims.items()}
     with _quiet_torch(), torch.no_grad(), lowering_to(target):
         try:
             program = torch.export.export(
                 block,
                 (hidden_states,),
                 keywords,
-                dynamic_shapes=dict.fromkeys(names, dims),
+                dynamic_shapes=dynamic,
                 strict=False,
             )
         except UserError as error:
             raise ExportError(
                 f"torch.export narrowed an axis: {str(error).splitlines()[0]}"
             ) from error
-        check_ranges(program, names, {i: ranges[str(axes[i])] for i in dims})
+        check_ranges(
+            program,
+            {
+                name: {axis: ranges[dim.__name__] for axis, dim in by_axis.items()}
+                for name, by_axis in dynamic.items()
+            },
+        )
         converted = torch.onnx.export(
             program,
             dynamo=True,
@@ -214,28 +224,25 @@ def build_model(block: Attention, plan: Plan) -> tuple[ir.Model, rules.Choice]:
     model: ir.Model = converted.model
     interface: dict[str, list[str | int]] = {"hidden_states": [*axes, block.hidden_size]}
     if plan.position_ids:
-        interface["position_ids"] = list(axes)
+        interface["position_ids"] = [*lead, *axes]
     graph.tidy(model, interface, {OUTPUT: [*axes, block.hidden_size]})
     (choice,) = target.choices
     return model, choice
 
 
-def check_ranges(
-    program: torch.export.ExportedProgram, names: Sequence[str], largest: dict[int, int]
-) -> None:
+def check_ranges(program: torch.export.ExportedProgram, largest: dict[str, dict[int, int]]) -> None:
     """Check that every axis asked to be dynamic still takes every size from 1 up.
 
     Args:
         program: the traced program.
-        names: its inputs.
-        largest: for every dynamic axis, the largest size asked for.
+        largest: for every input, the largest size asked for of every dynamic axis.
 
     Raises:
         ExportError: an axis came out fixed or with a narrower range.
     """
     nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    for name in names:
-        for axis, largest_size in largest.items():
+    for name, by_axis in largest.items():
+        for axis, largest_size in by_axis.items():
             size = nodes[name].meta["val"].shape[axis]
             if not isinstance(size, torch.SymInt):
                 raise ExportError(f"axis {axis} of {name} was to be dynamic and came out as {size}")
@@ -276,6 +283,8 @@ def describe_block(block: Attention) -> dict[str, Any]:
             "layout": rope.layout,
             "scaling": rope.scaling,
             "attention_factor": rope.attention_factor,
+            "xpos_scale_base": None if rope.xpos is None else rope.xpos.scale_base,
+            "interpolate_factor": rope.interpolate_factor,
             "max_seq_len": rope.max_seq_len,
         },
     }

@@ -1,20 +1,23 @@
-"""Inverse frequencies of every RoPE type, and cos/sin tables: pure functions, in float64.
+"""Inverse frequencies, cos/sin tables and decay rates: pure functions, in float64.
 
 Everything here runs on the host from Python scalars and is rounded once, at the end, so a
-table row is as exact at position 16 million as at position 1.
+table row is as exact at position 16 million as at position 1. Which of it a RoPE type uses is
+said in `rope_types`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rope_export.errors import BadInputError
+
+FreqsFor = Literal["lang", "pixel", "constant"]
+FREQS_FOR: tuple[str, ...] = get_args(FreqsFor)
 
 
 def check_theta(theta: float) -> float:
@@ -45,6 +48,84 @@ def default_inv_freq(dim: int, theta: float) -> Tensor:
     return theta**-exponents
 
 
+def pixel_inv_freq(dim: int, max_freq: float) -> Tensor:
+    """Frequencies for coordinates in -1 … 1: from pi to ``max_freq / 2 * pi`` in even steps.
+
+    Source: rotary-embedding-torch, ``freqs_for="pixel"``.
+
+    Args:
+        dim: rotated width of a head, even.
+        max_freq: the highest frequency, as pixels along an axis.
+
+    Returns:
+        ``[dim / 2]`` float64, in radians per unit of the coordinate.
+    """
+    return torch.linspace(1.0, max_freq / 2, dim // 2, dtype=torch.float64, device="cpu") * math.pi
+
+
+def unscaled_frequencies(
+    dim: int,
+    theta: float,
+    *,
+    custom_freqs: Tensor | None = None,
+    freqs_for: str = "lang",
+    max_freq: float = 10,
+    num_freqs: int = 1,
+) -> Tensor:
+    """Frequencies by the arguments of rotary-embedding-torch.
+
+    Args:
+        dim: rotated width of a head, even.
+        theta: the base of ``"lang"``.
+        custom_freqs: ``[r / 2]``, taken as they are.
+        freqs_for: ``"lang"`` for a series of wavelengths, ``"pixel"`` for coordinates,
+            ``"constant"`` for ones.
+        max_freq: the highest frequency of ``"pixel"``.
+        num_freqs: how many ``"constant"`` has.
+
+    Returns:
+        ``[r / 2]`` float64.
+
+    Raises:
+        BadInputError: an argument is out of range; the message names it and its value.
+    """
+    if custom_freqs is not None:
+        if custom_freqs.ndim != 1 or not len(custom_freqs):
+            raise BadInputError(
+                f"custom_freqs must be one axis of frequencies, got {tuple(custom_freqs.shape)}"
+            )
+        chosen = custom_freqs.detach().to("cpu", torch.float64)
+        if not bool(chosen.isfinite().all()):
+            raise BadInputError(f"custom_freqs must be finite, got {chosen.tolist()}")
+        return chosen
+    if freqs_for not in FREQS_FOR:
+        raise BadInputError(f"freqs_for must be one of {', '.join(FREQS_FOR)}, got {freqs_for!r}")
+    if freqs_for == "lang":
+        return default_inv_freq(dim, theta)
+    if freqs_for == "pixel":
+        if not (math.isfinite(max_freq) and max_freq > 0):
+            raise BadInputError(f"max_freq must be a finite number above 0, got {max_freq}")
+        return pixel_inv_freq(dim, max_freq)
+    if type(num_freqs) is not int or num_freqs < 1:
+        raise BadInputError(f"num_freqs must be an integer above 0, got {num_freqs!r}")
+    return torch.ones(num_freqs, dtype=torch.float64, device="cpu")
+
+
+def xpos_log_decay(dim: int) -> Tensor:
+    """Logarithms of xPos's decay of each pair over one ``scale_base`` of positions.
+
+    Source: Sun et al., "A Length-Extrapolatable Transformer" (2022), section 3.1, gamma 0.4.
+
+    Args:
+        dim: rotated width of a head, even.
+
+    Returns:
+        ``[dim / 2]`` float64, all below zero.
+    """
+    channels = torch.arange(0, dim, 2, dtype=torch.float64, device="cpu")
+    return ((channels + 0.4 * dim) / (1.4 * dim)).log()
+
+
 def cos_sin_table(
     inv_freq: Tensor, length: int, attention_factor: float = 1.0
 ) -> tuple[Tensor, Tensor]:
@@ -65,21 +146,6 @@ def cos_sin_table(
 
 
 @dataclass(frozen=True)
-class Frequencies:
-    """What a RoPE type comes down to.
-
-    Attributes:
-        inv_freq: ``[dim / 2]`` float64, in radians per position.
-        attention_factor: multiplies cosines and sines (and so the scores by its square).
-        beyond: what replaces ``inv_freq`` in longer sequences, or None.
-    """
-
-    inv_freq: Tensor
-    attention_factor: float = 1.0
-    beyond: Switch | None = None
-
-
-@dataclass(frozen=True)
 class Switch:
     """Other frequencies for sequences longer than the model was first trained on.
 
@@ -93,238 +159,45 @@ class Switch:
     inv_freq: Tensor
 
 
-class Parameters:
-    """A ``rope_parameters`` object while it is read: every field checked, none left over."""
+@dataclass(frozen=True)
+class Stretch:
+    """Frequencies that slow down as the sequence outgrows the trained length.
 
-    def __init__(self, content: Mapping[str, Any], rope_type: str) -> None:
-        self.rope_type = rope_type
-        self._content = dict(content)
-        self._read: set[str] = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    With ``n`` positions in the batch's longest sequence the base of the series is multiplied by
+    ``(factor * n / length - (factor - 1)) ** (dim / (dim - 2))``, from ``n = length`` on.
 
-    def number(
-        self, name: str, default: float | None = None, *, at_least: float | None = None
-    ) -> float:
-        """A finite number, above zero or ``at_least`` the limit; required without a default."""
-        value = self._content.get(name)
-        self._read.add(name)
-        if value is None:
-            if default is None:
-                raise BadInputError(f"scaling of rope_type {self.rope_type!r} needs {name!r}")
-            return default
-        limit = "above 0" if at_least is None else f"of at least {at_least:g}"
-        fits = (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-            and (value > 0 if at_least is None else value >= at_least)
-        )
-        if not fits:
-            raise BadInputError(f"scaling[{name!r}] must be a finite number {limit}, got {value!r}")
-        return float(value)
-
-    def optional(self, name: str, *, at_least: float | None = None) -> float | None:
-        """A number as `number` has it, or None."""
-        self._read.add(name)
-        return None if self._content.get(name) is None else self.number(name, at_least=at_least)
-
-    def factors(self, name: str, count: int) -> Tensor:
-        """As many numbers above zero as there are pairs, as float64."""
-        values = self._content.get(name)
-        self._read.add(name)
-        if values is None:
-            raise BadInputError(f"scaling of rope_type {self.rope_type!r} needs {name!r}")
-        if not isinstance(values, list | tuple) or len(values) != count:
-            got = f"{len(values)}" if isinstance(values, list | tuple) else repr(values)
-            raise BadInputError(f"scaling[{name!r}] must list {count} numbers, got {got}")
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise BadInputError(f"scaling[{name!r}] must list numbers above 0, got {value!r}")
-        return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-    def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
-        value = self._content.get(name, default)
-        self._read.add(name)
-        if not isinstance(value, bool):
-            raise BadInputError(f"scaling[{name!r}] must be true or false, got {value!r}")
-        return value
-
-    def finish(self) -> None:
-        """Refuse what no one asked for: a misspelt field would silently change the model."""
-        unknown = sorted(set(self._content) - self._read)
-        if unknown:
-            raise BadInputError(
-                f"scaling of rope_type {self.rope_type!r} has no field {unknown[0]!r}; "
-                f"it takes {', '.join(sorted(self._read - {'type'}))}"
-            )
-
-
-Rule = Callable[[int, float, Parameters, "int | None"], Frequencies]
-
-
-def _default(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
-    del p, longest
-    return Frequencies(default_inv_freq(dim, theta))
-
-
-def _linear(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
-    """Position interpolation: Chen et al., "Extending Context Window …" (2023), equation 4."""
-    del longest
-    return Frequencies(default_inv_freq(dim, theta) / p.number("factor", at_least=1.0))
-
-
-def _ntk(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
-    """Static NTK-aware scaling of the base (bloc97, 2023), as rotary-embedding-torch has it."""
-    del longest
-    factor = p.number("factor", at_least=1.0)
-    if dim < 4:
-        raise BadInputError(f"scaling of rope_type 'ntk' needs a dim of at least 4, got {dim}")
-    return Frequencies(default_inv_freq(dim, theta * factor ** (dim / (dim - 2))))
-
-
-def _original_length(p: Parameters, longest: int | None) -> float:
-    """The trained length; without it, the length served, as Hugging Face configurations have it."""
-    served = p.optional("max_position_embeddings", at_least=1.0)
-    default = served if served is not None else longest
-    return p.number(
-        "original_max_position_embeddings",
-        None if default is None else float(default),
-        at_least=1.0,
-    )
-
-
-def _yarn(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
-    """Peng et al., "YaRN" (2023), section 3.2, with DeepSeek's ``mscale`` pair."""
-    original = _original_length(p, longest)
-    served = p.optional("max_position_embeddings", at_least=1.0)
-    factor = p.number("factor", None if served is None else served / original, at_least=1.0)
-    beta_fast, beta_slow = p.number("beta_fast", 32.0), p.number("beta_slow", 1.0)
-    mscale, all_dim = (p.optional(name, at_least=0.0) for name in ("mscale", "mscale_all_dim"))
-    attention_factor = p.optional("attention_factor")
-    if beta_fast < beta_slow:
-        raise BadInputError(
-            f"scaling['beta_fast'] must be at least scaling['beta_slow'], "
-            f"got {beta_fast:g} and {beta_slow:g}"
-        )
-    if theta == 1.0:
-        raise BadInputError("scaling of rope_type 'yarn' needs a theta other than 1, got 1.0")
-
-    def magnitude(weight: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
-
-    if attention_factor is None:
-        paired = bool(mscale and all_dim)
-        attention_factor = (
-            magnitude(mscale or 0.0) / magnitude(all_dim or 0.0) if paired else magnitude(1.0)
-        )
-
-    def channel(rotations: float) -> float:
-        """The channel that turns so often over the trained length."""
-        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = channel(beta_fast), channel(beta_slow)
-    if p.flag("truncate", default=True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    if low == high:
-        high += 0.001
-    channels = torch.arange(dim // 2, dtype=torch.float64, device="cpu")
-    interpolated = ((channels - low) / (high - low)).clamp(0, 1)
-    inv_freq = default_inv_freq(dim, theta)
-    return Frequencies(
-        inv_freq / factor * interpolated + inv_freq * (1 - interpolated), attention_factor
-    )
-
-
-def _llama3(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
-    """Llama 3.1's own: keep short wavelengths, divide long ones, blend between."""
-    original = _original_length(p, longest)
-    factor = p.number("factor", at_least=1.0)
-    low, high = p.number("low_freq_factor"), p.number("high_freq_factor")
-    if high <= low:
-        raise BadInputError(
-            f"scaling['high_freq_factor'] must be above scaling['low_freq_factor'], "
-            f"got {high:g} and {low:g}"
-        )
-    inv_freq = default_inv_freq(dim, theta)
-    turns = original * inv_freq / (2 * math.pi)  # over the trained length
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return Frequencies((1 - kept) * inv_freq / factor + kept * inv_freq)
-
-
-def _longrope(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
-    """Ding et al., "LongRoPE" (2024), as in Phi-3: one factor a pair, in two sets."""
-    original = _original_length(p, longest)
-    if original != int(original):
-        raise BadInputError(
-            f"scaling['original_max_position_embeddings'] must be an integer, got {original:g}"
-        )
-    served = p.optional("max_position_embeddings", at_least=1.0)
-    extension = (served if served is not None else longest or original) / original
-    factor = p.number("factor", extension)
-    attention_factor = p.optional("attention_factor")
-    if attention_factor is None:
-        extended = factor > 1 and original > 1
-        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original)) if extended else 1.0
-    inv_freq = default_inv_freq(dim, theta)
-    short, long = (p.factors(name, dim // 2) for name in ("short_factor", "long_factor"))
-    return Frequencies(inv_freq / short, attention_factor, Switch(int(original), inv_freq / long))
-
-
-def _proportional(dim: int, theta: float, p: Parameters, longest: int | None) -> Frequencies:
-    """Gemma's: the whole head is paired, a share of the pairs turns, the rest stands still."""
-    del longest
-    share = p.number("partial_rotary_factor", 1.0)
-    if share > 1:
-        raise BadInputError(f"scaling['partial_rotary_factor'] must be at most 1, got {share:g}")
-    inv_freq = default_inv_freq(dim, theta) / p.number("factor", 1.0, at_least=1.0)
-    turning = int(share * dim // 2)
-    return Frequencies(torch.cat((inv_freq[:turning], torch.zeros_like(inv_freq[turning:]))))
-
-
-ROPE_TYPES: dict[str, Rule] = {
-    "default": _default,
-    "linear": _linear,
-    "llama3": _llama3,
-    "longrope": _longrope,
-    "ntk": _ntk,
-    "proportional": _proportional,
-    "yarn": _yarn,
-}
-
-
-def frequencies(
-    dim: int, theta: float, scaling: Mapping[str, Any] | None, longest: int | None
-) -> Frequencies:
-    """Frequencies of a RoPE type, by a Hugging Face ``rope_parameters`` or ``rope_scaling`` object.
-
-    Args:
-        dim: rotated width of a head, even.
-        theta: the base; ``scaling["rope_theta"]`` may state the same one.
-        scaling: ``{"rope_type": …, …}`` (``"type"`` in older files), or None for the original RoPE.
-        longest: longest sequence served, the default of ``original_max_position_embeddings``.
-
-    Raises:
-        BadInputError: the type is unknown, or a field is missing, unknown or out of range.
+    Attributes:
+        length: the longest sequence that is not stretched.
+        factor: how fast the base grows.
     """
-    if scaling is None:
-        return Frequencies(default_inv_freq(dim, theta))
-    if not isinstance(scaling, Mapping):
-        raise BadInputError(f"scaling must be an object with a rope_type, got {scaling!r}")
-    names = {scaling[key] for key in ("rope_type", "type") if key in scaling}
-    if len(names) != 1:
-        got = "none" if not names else " and ".join(sorted(map(repr, names)))
-        raise BadInputError(f"scaling must state one rope_type, got {got}")
-    rope_type = names.pop()
-    rule = ROPE_TYPES.get(rope_type) if isinstance(rope_type, str) else None
-    if rule is None:
-        raise BadInputError(
-            f"scaling['rope_type'] must be one of {', '.join(ROPE_TYPES)}, got {rope_type!r}"
-        )
-    parameters = Parameters(scaling, rope_type)
-    stated = parameters.optional("rope_theta")
-    if stated is not None and stated != theta:
-        raise BadInputError(f"scaling['rope_theta'] and theta differ: {stated:g} and {theta:g}")
-    result = rule(dim, theta, parameters, longest)
-    parameters.finish()
-    return result
+
+    length: int
+    factor: float
+
+
+@dataclass(frozen=True)
+class Frequencies:
+    """What a RoPE type comes down to.
+
+    Attributes:
+        inv_freq: ``[dim / 2]`` float64, in radians per position.
+        attention_factor: multiplies cosines and sines (and so the scores by its square).
+        beyond: what replaces ``inv_freq`` in longer sequences, or None.
+        stretch: how ``inv_freq`` follows the length of the sequence, or None.
+        axis_of_pair: for positions with several axes, which one turns each of the ``dim / 2``
+            pairs; None for one axis.
+        one_position: whether a token may be given one position for all axes (text does, a patch
+            of an image cannot).
+    """
+
+    inv_freq: Tensor
+    attention_factor: float = 1.0
+    beyond: Switch | None = None
+    stretch: Stretch | None = None
+    axis_of_pair: tuple[int, ...] | None = None
+    one_position: bool = True
+
+    @property
+    def axes(self) -> int:
+        """How many positions a token has."""
+        return 1 if self.axis_of_pair is None else max(self.axis_of_pair) + 1

@@ -87,6 +87,11 @@ class Plan:
             )
         if position_ids and block.rope is None:
             raise BadInputError("position_ids needs a block with a RotaryEmbedding, got rope=None")
+        if not position_ids and block.rope is not None and not block.rope.found.one_position:
+            raise BadInputError(
+                f"position_ids must be an input: tokens have {block.rope.axes} axes with scaling "
+                f"{block.rope.scaling}; got position_ids=False"
+            )
         plan = cls(target, chosen, dtypes.pop(), longest, position_ids, static, batch, seed)
         plan.choose(block)
         return plan

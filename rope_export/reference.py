@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from rope_export.frequencies import Switch
+from rope_export.frequencies import Frequencies
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
@@ -32,10 +32,9 @@ class Semantics:
         num_kv_heads: key and value heads.
         causal: whether later tokens are hidden.
         scale: factor on the scores.
-        inv_freq: ``[r / 2]`` float64, or None without RoPE.
+        found: what the RoPE type comes down to, or None without RoPE.
         layout: which channels form a pair.
-        attention_factor: length of a rotated pair over that of the pair.
-        beyond: frequencies of longer sequences, or None.
+        decay: xPos's decay of each pair over one position, ``[r / 2]`` float64, or None.
         query_shift: added to the positions of queries only (0 in a correct block).
         value_roll: rolls the value heads by so many (0 in a correct block).
     """
@@ -44,47 +43,71 @@ class Semantics:
     num_kv_heads: int
     causal: bool
     scale: float
-    inv_freq: Tensor | None
+    found: Frequencies | None
     layout: str
-    attention_factor: float = 1.0
-    beyond: Switch | None = None
+    decay: Tensor | None = None
     query_shift: int = 0
     value_roll: int = 0
 
     @classmethod
     def of(cls, block: Attention) -> Semantics:
         """Read the semantics of ``block``."""
+        rope = block.rope
+        decay = None
+        if rope is not None and rope.xpos is not None:
+            channels = torch.arange(0, rope.dim, 2, dtype=torch.float64)
+            decay = (channels / rope.dim + 0.4) / 1.4
+            decay **= 1 / (rope.xpos.scale_base * rope.interpolate_factor)
         return cls(
             num_heads=block.num_heads,
             num_kv_heads=block.num_kv_heads,
             causal=block.causal,
             scale=block.scale,
-            inv_freq=None if block.rope is None else block.rope.inv_freq,
-            layout="half" if block.rope is None else block.rope.layout,
-            attention_factor=1.0 if block.rope is None else block.rope.attention_factor,
-            beyond=None if block.rope is None else block.rope.beyond,
+            found=None if rope is None else rope.found,
+            layout="half" if rope is None else rope.layout,
+            decay=decay,
         )
 
 
-def rotate_exactly(
-    x: Tensor, positions: Tensor, inv_freq: Tensor, layout: str, length: float = 1.0
-) -> Tensor:
+def exact_angles(positions: Tensor, found: Frequencies, longest: int) -> Tensor:
+    """Angles in float64.
+
+    Args:
+        positions: ``[..., S]``, or ``[A, B, S]`` where a token has a position on each axis.
+        found: what the RoPE type comes down to.
+        longest: positions of the longest sequence in the batch.
+
+    Returns:
+        ``[..., S, r / 2]``.
+    """
+    inv_freq = found.inv_freq
+    if found.beyond is not None and longest > found.beyond.length:
+        inv_freq = found.beyond.inv_freq
+    if found.stretch is not None and longest > found.stretch.length:
+        growth = found.stretch.factor * (longest / found.stretch.length - 1) + 1
+        pairs = len(inv_freq)
+        inv_freq = inv_freq / growth ** (torch.arange(pairs, dtype=torch.float64) / (pairs - 1))
+    if positions.ndim == 3:
+        assert found.axis_of_pair is not None
+        of_pair = positions[torch.tensor(found.axis_of_pair)]
+        return rearrange(of_pair, "p b s -> b s p").to(torch.float64) * inv_freq
+    return positions.to(torch.float64).unsqueeze(-1) * inv_freq
+
+
+def rotate_exactly(x: Tensor, angles: Tensor, layout: str, length: float | Tensor = 1.0) -> Tensor:
     """Rotate float64 heads by complex multiplication.
 
     Args:
         x: ``[B, H, S, D]`` float64.
-        positions: ``[B, S]`` or ``[S]``.
-        inv_freq: ``[r / 2]`` float64.
+        angles: ``[B, S, r / 2]`` or ``[S, r / 2]``.
         layout: ``"half"`` or ``"interleaved"``.
-        length: of a rotated pair over that of the pair.
+        length: of a rotated pair over that of the pair, a number or as ``angles``.
     """
-    width = 2 * inv_freq.shape[0]
+    width = 2 * angles.shape[-1]
     pattern = "... (two p) -> ... p two" if layout == "half" else "... (p two) -> ... p two"
     pairs = rearrange(x[..., :width], pattern, two=2).contiguous()
-    angles = positions.to(torch.float64).unsqueeze(-1) * inv_freq
-    if angles.ndim == 3:
-        angles = angles.unsqueeze(1)
-    turned = torch.view_as_complex(pairs) * torch.polar(torch.full_like(angles, length), angles)
+    turn = torch.polar(torch.ones_like(angles) * length, angles)
+    turned = torch.view_as_complex(pairs) * (turn.unsqueeze(1) if turn.ndim == 3 else turn)
     back = "... p two -> ... (two p)" if layout == "half" else "... p two -> ... (p two)"
     return torch.cat((rearrange(torch.view_as_real(turned), back), x[..., width:]), dim=-1)
 
@@ -113,7 +136,7 @@ def attention_truth(
     Args:
         block: gives the weights.
         hidden_states: ``[B, S, hidden_size]``, any floating dtype.
-        position_ids: ``[B, S]`` or ``[S]``; implied as ``0 … S - 1``.
+        position_ids: ``[B, S]`` or ``[S]``, implied as ``0 … S - 1``; ``[A, B, S]`` with axes.
         rows: ascending query rows to evaluate, or None for all.
         semantics: what to compute, if not what ``block`` states.
 
@@ -128,13 +151,16 @@ def attention_truth(
     k = _project(block.k_proj, hidden_states, meaning.num_kv_heads)
     v = _project(block.v_proj, hidden_states, meaning.num_kv_heads)
     v = v.roll(meaning.value_roll, dims=1)
-    if meaning.inv_freq is not None:
+    if meaning.found is not None:
+        longest = int(positions.max()) + 1
         q_positions = positions[..., picked] + meaning.query_shift
-        longer = meaning.beyond is not None and int(positions.max()) >= meaning.beyond.length
-        inv_freq = meaning.beyond.inv_freq if meaning.beyond and longer else meaning.inv_freq
-        rotation = (inv_freq, meaning.layout, meaning.attention_factor)
-        q = rotate_exactly(q, q_positions, *rotation)
-        k = rotate_exactly(k, positions, *rotation)
+        of_q, of_k = (exact_angles(p, meaning.found, longest) for p in (q_positions, positions))
+        q_length = k_length = torch.tensor(meaning.found.attention_factor, dtype=torch.float64)
+        if meaning.decay is not None:  # one position on all axes: xPos has no other
+            q_length = q_length * meaning.decay ** q_positions.unsqueeze(-1)
+            k_length = k_length / meaning.decay ** positions.unsqueeze(-1)
+        q = rotate_exactly(q, of_q, meaning.layout, q_length)
+        k = rotate_exactly(k, of_k, meaning.layout, k_length)
     q = rearrange(q * meaning.scale, "b (h g) s d -> b h g s d", h=meaning.num_kv_heads)
     k, v = k.unsqueeze(2), v.unsqueeze(2)
     out_weight = block.o_proj.weight.detach().double()

@@ -1,64 +1,95 @@
-"""`RotaryEmbedding`: holds the tables, chooses positions, leaves the arithmetic to `rotation`."""
+"""`RotaryEmbedding`: says which frequencies, chooses positions; `angles` and `rotation` compute."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rope_export import frequencies, lowering
+from rope_export import lowering, rope_types
+from rope_export.angles import Angles, keeping_dtype
 from rope_export.errors import BadInputError
-from rope_export.rotation import LAYOUTS, Layout, rotate_pairs
+from rope_export.frequencies import FreqsFor, Frequencies
+from rope_export.positions import check_offset, check_position_ids
+from rope_export.rotation import (
+    LAYOUTS,
+    Layout,
+    broadcat,
+    over_heads,
+    repeat_for_pairs,
+    rotate_sequence,
+)
+from rope_export.xpos import XPos
 
-# Without a longest length, positions are split as 4096 * coarse + fine, and the two exact
-# rotations are composed. 2443 coarse rows reach 10 million positions.
-_FINE_ROWS = 4096
-_COARSE_ROWS = 2443
-_INTEGERS = (torch.int32, torch.int64)
+Turns = tuple[Tensor, Tensor]
+"""Cosines and sines of tokens, ``[S, r / 2]`` or ``[B, S, r / 2]`` float32."""
 
 
 class RotaryEmbedding(nn.Module):
     """Rotary position embedding whose graph holds no data-dependent control flow.
 
-    Cosines and sines are computed in float64 and rounded once to float32. They are
-    non-persistent buffers that follow the module between devices but never change dtype:
-    ``.to(torch.bfloat16)`` leaves them exact. Nothing is cached or mutated in a forward pass.
+    The arguments up to ``cache_max_seq_len``, the methods and the numbers are those of
+    rotary-embedding-torch 0.9.1. Cosines and sines are computed in float64 and rounded once to
+    float32; no cast of the module (``.to(torch.bfloat16)``) touches them, and nothing is cached or
+    mutated in a forward pass, so no call depends on an earlier one.
 
     With ``max_seq_len`` the angles are one table of that many rows and longer sequences are
-    refused. Without it every position below 10 006 528 is served by composing two tabled
-    rotations (error below 1e-6), at the price of a second gather.
+    refused. Without it every position below 2^25 is served by composing two tabled rotations
+    (error below 1e-6), at the price of a second gather. Learned frequencies, and those that follow
+    the length of the sequence, are multiplied out in float64 for each call.
 
     Source: Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding" (2021).
 
     Args:
         dim: rotated width of each head, even. Heads may be wider: the rest passes through.
-        theta: the base of the geometric series of frequencies.
+        custom_freqs: ``[r / 2]`` frequencies in radians per position, instead of all below.
+        freqs_for: ``"lang"`` for the series of RoFormer, ``"pixel"`` for coordinates from -1 to 1,
+            ``"constant"`` for frequencies of 1.
+        theta: the base of the geometric series of frequencies (default ``scaling["rope_theta"]``,
+            or 10000).
+        max_freq: the highest frequency of ``"pixel"``.
+        num_freqs: how many frequencies ``"constant"`` has.
+        learned_freq: make the frequencies a parameter.
+        use_xpos: scale queries and keys by position as `XPos` does.
+        xpos_scale_base: positions over which xPos decays once.
+        interpolate_factor: positions are divided by it (position interpolation).
+        theta_rescale_factor: NTK-aware rescaling of the base.
+        seq_before_head_dim: inputs are ``[B, S, H, D]`` rather than ``[B, H, S, D]``.
+        cache_if_possible: accepted for compatibility; nothing is ever cached in a forward pass.
+        cache_max_seq_len: likewise.
         layout: ``"interleaved"`` (pairs ``2i, 2i+1``; RoFormer, GPT-J, rotary-embedding-torch)
             or ``"half"`` (pairs ``i, i + dim/2``; Llama, GPT-NeoX).
         scaling: a Hugging Face ``rope_parameters`` or ``rope_scaling`` object, one of
-            `frequencies.ROPE_TYPES`, or None for the original RoPE. Its ``rope_theta``, if it has
-            one, must equal ``theta``.
+            `rope_types.ROPE_TYPES`, or None for the original RoPE.
         max_seq_len: rows of the table, or None for any length.
 
     Raises:
-        BadInputError: an argument is out of range; the message names it and its value.
+        BadInputError: an argument is out of range, or two contradict each other; the message names
+            them and their values.
     """
 
     freqs: Tensor
-    cos: Tensor
-    sin: Tensor
-    coarse_cos: Tensor | None
-    coarse_sin: Tensor | None
 
     def __init__(
         self,
         dim: int,
+        custom_freqs: Tensor | None = None,
+        freqs_for: FreqsFor = "lang",
+        theta: float | None = None,
+        max_freq: float = 10,
+        num_freqs: int = 1,
+        learned_freq: bool = False,
+        use_xpos: bool = False,
+        xpos_scale_base: float = 512,
+        interpolate_factor: float = 1.0,
+        theta_rescale_factor: float = 1.0,
+        seq_before_head_dim: bool = False,
+        cache_if_possible: bool = True,
+        cache_max_seq_len: int = 8192,
         *,
-        theta: float = 10000.0,
         layout: Layout = "interleaved",
         scaling: Mapping[str, Any] | None = None,
         max_seq_len: int | None = None,
@@ -70,86 +101,127 @@ class RotaryEmbedding(nn.Module):
             raise BadInputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         if max_seq_len is not None and (type(max_seq_len) is not int or max_seq_len < 1):
             raise BadInputError(f"max_seq_len must be an integer above 0, got {max_seq_len!r}")
-        self.dim = dim
-        self.theta: float | None = frequencies.check_theta(theta)
+        chosen = rope_types.choose(
+            dim,
+            theta,
+            custom_freqs=custom_freqs,
+            freqs_for=freqs_for,
+            max_freq=max_freq,
+            num_freqs=num_freqs,
+            interpolate_factor=interpolate_factor,
+            theta_rescale_factor=theta_rescale_factor,
+            scaling=scaling,
+            max_seq_len=max_seq_len,
+        )
+        freqs, found = chosen.freqs, chosen.found
+        if learned_freq and (found.beyond or found.stretch):
+            raise BadInputError(
+                "learned_freq=True needs a rope_type whose frequencies do not depend on the "
+                f"length, got {scaling}"
+            )
+        self.dim = 2 * len(freqs)
+        self.theta = chosen.theta
+        self.freqs_for = freqs_for
+        self.learned_freq = learned_freq
+        self.use_xpos = use_xpos
+        self.interpolate_factor = interpolate_factor
+        self.cache_if_possible = cache_if_possible
+        self.cache_max_seq_len = cache_max_seq_len
+        self.seq_before_head_dim = seq_before_head_dim
+        self.default_seq_dim = -3 if seq_before_head_dim else -2
         self.layout: Layout = layout
-        self.max_seq_len = max_seq_len
-        # Plain float64 tensor, not a buffer: no cast or device move may touch it.
-        found = frequencies.frequencies(dim, float(theta), scaling, max_seq_len)
         self.scaling = None if scaling is None else dict(scaling)
-        self.attention_factor = found.attention_factor
-        self._inv_freq = found.inv_freq
-        # Within a table that never reaches the switch there is nothing to switch to.
-        reached = found.beyond is not None and (max_seq_len or math.inf) > found.beyond.length
-        self.beyond = found.beyond if reached else None
-        self.register_buffer("freqs", torch.empty(dim // 2, dtype=torch.float32))
-        for name in ("cos", "sin", "coarse_cos", "coarse_sin"):
-            self.register_buffer(name, None, persistent=False)
+        self.max_seq_len = max_seq_len
+        # Plain float64, not buffers: what `reset_parameters` goes back to.
+        self._freqs, self._found = freqs, found
+        start = torch.empty(len(freqs), dtype=torch.float32)
+        if learned_freq:
+            self.freqs = nn.Parameter(start)
+        else:
+            self.register_buffer("freqs", start)
+        device = self.freqs.device
+        self.angles = Angles(found, max_seq_len, learned=learned_freq, device=device)
+        self.xpos = (
+            XPos(self.dim, xpos_scale_base, max_seq_len, interpolate_factor) if use_xpos else None
+        )
         self.reset_parameters()
 
     @property
+    def device(self) -> torch.device:
+        """Where the frequencies are."""
+        return self.freqs.device
+
+    @property
     def inv_freq(self) -> Tensor:
-        """Inverse frequencies ``[dim / 2]``, float64, in radians per position."""
-        return self._inv_freq
+        """Inverse frequencies ``[r / 2]`` in radians per position, float64 on the host.
+
+        Of a ``rope_type`` that moves, those of short sequences.
+        """
+        if self.learned_freq:
+            return self.freqs.detach().to("cpu", torch.float64) / self.interpolate_factor
+        return self._found.inv_freq
+
+    @property
+    def found(self) -> Frequencies:
+        """Everything the RoPE type comes down to, with `inv_freq` as it is now."""
+        return replace(
+            self._found,
+            inv_freq=self.inv_freq,
+            beyond=self.angles.switch,
+            stretch=self.angles.stretch,
+        )
+
+    @property
+    def attention_factor(self) -> float:
+        """What multiplies rotated pairs."""
+        return self._found.attention_factor
+
+    @property
+    def axes(self) -> int:
+        """How many positions a token has: 1, or as many as ``position_ids`` has leading rows."""
+        return self._found.axes
 
     @property
     def positions(self) -> int:
         """How many positions are served: ``0 … positions - 1``."""
-        return self.max_seq_len if self.max_seq_len is not None else _FINE_ROWS * _COARSE_ROWS
+        served = self.angles.positions
+        return served if self.xpos is None else min(served, self.xpos.positions)
 
-    # Without a table for all positions: position = fine + fine_rows * coarse.
-    fine_rows = _FINE_ROWS
-    coarse_rows = _COARSE_ROWS
+    @property
+    def one_table(self) -> bool:
+        """Whether queries and keys are turned by one table ``angles.cos``, ``angles.sin``."""
+        return self.angles.tabled and self.xpos is None
 
     def extra_repr(self) -> str:
         """One line for ``print(module)``."""
-        return (
-            f"dim={self.dim}, theta={self.theta}, layout={self.layout!r}, "
-            f"scaling={self.scaling}, "
-            f"max_seq_len={self.max_seq_len}"
-        )
+        shown = [f"dim={self.dim}, theta={self.theta}, layout={self.layout!r}"]
+        for name, default in (
+            ("freqs_for", "lang"),
+            ("learned_freq", False),
+            ("use_xpos", False),
+            ("interpolate_factor", 1.0),
+            ("seq_before_head_dim", False),
+            ("scaling", None),
+            ("max_seq_len", None),
+        ):
+            value = getattr(self, name)
+            if value != default:
+                shown.append(f"{name}={value!r}")
+        return ", ".join(shown)
 
     def reset_parameters(self) -> None:
-        """Rebuild ``freqs`` and the tables on the module's device (a no-op on ``meta``)."""
-        device = self.freqs.device
-        rows = self.max_seq_len if self.max_seq_len is not None else _FINE_ROWS
-        if device.type == "meta":
-            # Shapes only; the values come when the module is moved to a real device.
-            shape = (rows * (2 if self.beyond else 1), self.dim // 2)
-            self.cos, self.sin = (
-                torch.empty(shape, device=device),
-                torch.empty(shape, device=device),
-            )
-        else:
-            self.freqs = self._inv_freq.to(device, torch.float32)
-            # The factor goes into one of two tables that are composed, so that it counts once.
-            self.cos, self.sin = self._tables(rows, self.attention_factor, 1, device)
-        if self.max_seq_len is None:
-            self.coarse_cos, self.coarse_sin = self._tables(_COARSE_ROWS, 1.0, _FINE_ROWS, device)
-
-    def _tables(
-        self, rows: int, factor: float, stride: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of every ``stride``-th position; those beyond the switch below."""
-        sets = [self._inv_freq] + ([self.beyond.inv_freq] if self.beyond else [])
-        tables = [frequencies.cos_sin_table(f * stride, rows, factor) for f in sets]
-        cos, sin = (torch.cat(parts).to(device) for parts in zip(*tables, strict=True))
-        return cos, sin
-
-    def table_rows(self, position_ids: Tensor, rows: int) -> Tensor:
-        """Rows of tables of ``rows`` positions: the positions, or those of the set beyond.
-
-        The choice is arithmetic on the largest position, the same for the whole batch.
-        """
-        if self.beyond is None:
-            return position_ids
-        return position_ids + rows * (position_ids.max() >= self.beyond.length).to(torch.int64)
+        """Rebuild ``freqs`` and the tables on the module's device (shapes only on ``meta``)."""
+        if not self.freqs.is_meta:
+            with torch.no_grad():
+                self.freqs.copy_(self._freqs)
+        self.angles.rebuild(self._found, self.freqs.device)
+        if self.xpos is not None:
+            self.xpos.reset_parameters()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         was_meta = self.freqs.is_meta
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if was_meta or self.cos.dtype != torch.float32 or self.freqs.dtype != torch.float32:
-            self.freqs = self.freqs.to(torch.float32)
+        super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        if was_meta:
             self.reset_parameters()
         return self
 
@@ -159,53 +231,79 @@ class RotaryEmbedding(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if self.freqs.is_meta:
             return
-        loaded = self.freqs.detach().to("cpu", torch.float32)
-        differs = not torch.equal(loaded, self._inv_freq.to(torch.float32))
-        if differs:  # another base, or frequencies that were trained: they are the truth now
-            self._inv_freq = loaded.to(torch.float64)
-            self.theta, self.beyond = None, None
-        if differs or self.cos.is_meta:
-            self.reset_parameters()
+        given = state_dict.get(prefix + "freqs")
+        differs = given is not None and not _same(given, self._freqs)
+        if differs and not self.learned_freq:
+            # Another base, or frequencies that were trained: they are the truth now.
+            self._freqs = self.freqs.detach().to("cpu", torch.float64)
+            inv_freq = self._freqs / self.interpolate_factor
+            self._found = replace(self._found, inv_freq=inv_freq, beyond=None, stretch=None)
+            self.theta = None
+        if differs or any(b.is_meta for b in self.angles.buffers()):
+            self.angles.rebuild(self._found, self.freqs.device)
 
-    def cos_sin(self, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Look up the angles of the given positions.
+    def cos_sin(self, position_ids: Tensor) -> Turns:
+        """Cosines and sines of the given positions, without xPos's scale.
 
         Args:
-            position_ids: integers of any shape, each in ``0 … positions - 1``.
+            position_ids: integers ``[S]``, ``[B, S]`` or, with several axes, ``[axes, B, S]``;
+                for a `rope_type` of vision also ``[axes, S]``.
 
         Returns:
-            cosines and sines, ``[*position_ids.shape, dim / 2]`` float32.
+            twice ``[..., S, r / 2]`` float32.
 
         Raises:
-            IndexError: a position is out of range (eager; the exported operators differ).
+            BadInputError: a position is beyond the tables. On CUDA, and compiled, an assertion of
+                the device stops instead; in an exported graph the result is NaN.
         """
-        if self.coarse_cos is None or self.coarse_sin is None:
-            ids = self.table_rows(position_ids, self.positions)
-            return F.embedding(ids, self.cos), F.embedding(ids, self.sin)
-        coarse = position_ids // _FINE_ROWS
-        fine = position_ids - coarse * _FINE_ROWS
-        if self.beyond is not None:
-            chosen = self.table_rows(position_ids, 1) - position_ids  # 0 or 1
-            coarse, fine = coarse + chosen * _COARSE_ROWS, fine + chosen * _FINE_ROWS
-        cos_a, sin_a = F.embedding(coarse, self.coarse_cos), F.embedding(coarse, self.coarse_sin)
-        cos_b, sin_b = F.embedding(fine, self.cos), F.embedding(fine, self.sin)
-        return cos_a * cos_b - sin_a * sin_b, sin_a * cos_b + cos_a * sin_b
+        axes_lead = self.axes > 1 and position_ids.ndim > (2 if self._found.one_position else 1)
+        learned = self.freqs.double() / self.interpolate_factor if self.learned_freq else None
+        if torch.compiler.is_compiling():
+            found: Turns = self.angles(position_ids, learned, axes_lead=axes_lead)
+            return found
+        try:
+            found = self.angles(position_ids, learned, axes_lead=axes_lead)
+        except IndexError as error:
+            raise BadInputError(
+                f"position_ids must lie in 0 … {self.positions - 1}, "
+                f"got {int(position_ids.min())} … {int(position_ids.max())}; raise max_seq_len"
+            ) from error
+        return found
+
+    def turns(self, position_ids: Tensor) -> tuple[Turns, Turns]:
+        """By what queries and by what keys are multiplied: `cos_sin`, times xPos's scale.
+
+        Args:
+            position_ids: as of `cos_sin`.
+
+        Returns:
+            cosines and sines for queries, and for keys; the same tensors without xPos.
+        """
+        cos, sin = self.cos_sin(position_ids)
+        if self.xpos is None:
+            return (cos, sin), (cos, sin)
+        scale = self.xpos(position_ids)
+        return (cos * scale, sin * scale), (cos / scale, sin / scale)
 
     def implied_positions(self, seq_len: int, offset: int | Tensor = 0) -> Tensor:
         """Positions ``offset … offset + seq_len - 1`` as int64 ``[seq_len]``.
 
         Raises:
             BadInputError: they reach beyond the last position served, or ``offset`` is not an
-                integer.
+                integer, or a token needs a position on each axis.
         """
-        _check_offset(offset)
+        if not self._found.one_position:
+            raise BadInputError(
+                f"position_ids [{self.axes}, B, S] must be given: tokens have {self.axes} axes"
+            )
+        check_offset(offset)
         last = seq_len if isinstance(offset, Tensor) else seq_len + offset
         if last > self.positions or (not isinstance(offset, Tensor) and offset < 0):
             raise BadInputError(
                 f"positions must lie in 0 … {self.positions - 1}, got {offset} … {last - 1}; "
                 "raise max_seq_len"
             )
-        return torch.arange(seq_len, device=self.cos.device) + offset
+        return torch.arange(seq_len, device=self.device) + offset
 
     def rotate(
         self,
@@ -217,10 +315,14 @@ class RotaryEmbedding(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys by their positions.
 
+        With xPos the origin of the scales depends on no length, so keys may be rotated once and
+        cached.
+
         Args:
-            q: ``[B, H, S, D]`` with ``D >= dim``.
+            q: ``[B, H, S, D]`` with ``D >= dim`` (``[B, S, H, D]`` with ``seq_before_head_dim``).
             k: ``[B, H_kv, S, D]``.
             position_ids: ``[S]`` or ``[B, S]`` integers; implied as ``offset … offset + S - 1``.
+                With several axes, ``[axes, B, S]``.
             offset: position of the first token when ``position_ids`` is not given, as an int or
                 a 0-d integer tensor.
 
@@ -230,74 +332,236 @@ class RotaryEmbedding(nn.Module):
         Raises:
             BadInputError: a shape, dtype or position does not fit.
         """
-        return (
-            self._rotate_heads(q, position_ids, offset, "q"),
-            self._rotate_heads(k, position_ids, offset, "k"),
-        )
+        seq_dim = self.default_seq_dim
+        for name, x in (("q", q), ("k", k)):
+            self._check_heads(x, seq_dim, name)
+        length = q.shape[seq_dim]
+        if k.shape[seq_dim] != length:
+            raise BadInputError(
+                f"q and k must have the same sequence length, "
+                f"got {tuple(q.shape)} and {tuple(k.shape)}"
+            )
+        if position_ids is None:
+            position_ids = self.implied_positions(length, offset)
+        else:
+            batch = q.shape[0] if q.ndim == 4 else None
+            check_position_ids(position_ids, self.found, batch=batch, length=length)
+        for_q, for_k = self.turns(position_ids)
+        return self._rotate(q, for_q, seq_dim), self._rotate(k, for_k, seq_dim)
 
-    def rotate_queries_or_keys(self, t: Tensor, *, offset: int | Tensor = 0) -> Tensor:
+    def rotate_queries_or_keys(
+        self,
+        t: Tensor,
+        seq_dim: int | None = None,
+        offset: int | Tensor = 0,
+        scale: float | Tensor | None = None,
+    ) -> Tensor:
         """Rotate one tensor by its implied positions.
 
         Args:
             t: ``[..., S, D]`` with ``D >= dim``.
+            seq_dim: the axis of the sequence (default -2, or -3 with ``seq_before_head_dim``).
             offset: position of the first token, as an int or a 0-d integer tensor.
+            scale: multiplies the rotated channels: a number, or ``[S, dim]`` as from `get_scale`.
 
         Returns:
             the rotated tensor, same shape and dtype.
+
+        Raises:
+            BadInputError: a shape or position does not fit, or xPos has no scale to apply.
         """
-        return self._rotate_heads(t, None, offset, "t")
-
-    def _rotate_heads(
-        self, x: Tensor, position_ids: Tensor | None, offset: int | Tensor, name: str
-    ) -> Tensor:
-        if x.ndim < 2 or x.shape[-1] < self.dim:
+        if self.use_xpos and scale is None:
             raise BadInputError(
-                f"{name} must be [..., S, D] with D >= {self.dim}, got {tuple(x.shape)}"
+                "rotate_queries_or_keys needs a scale with use_xpos=True, got None; queries and "
+                "keys are scaled differently: use rotate or rotate_queries_and_keys"
             )
-        if position_ids is None:
-            positions = self.implied_positions(x.shape[-2], offset)
-        else:
-            positions = check_position_ids(position_ids, x)
-        target = lowering.active()
-        if target is not None and x.ndim == 4:
-            return target.rotate(self, x, positions)
+        seq_dim = self._seq_dim(t, seq_dim, "t")
+        turns = self.cos_sin(self.implied_positions(t.shape[seq_dim], offset))
+        if scale is None:
+            return self._rotate(t, turns, seq_dim)
+        turned = self._rotate(t if t.dtype == torch.float64 else t.float(), turns, seq_dim)
+        if isinstance(scale, Tensor) and scale.ndim > 1:
+            scale = over_heads(scale, t.ndim, seq_dim)
+        scaled = turned[..., : self.dim] * scale
+        return torch.cat((scaled, turned[..., self.dim :]), dim=-1).to(t.dtype)
+
+    def rotate_queries_and_keys(
+        self, q: Tensor, k: Tensor, seq_dim: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate queries and keys of a whole sequence, positions from 0.
+
+        With xPos the numbers are those of rotary-embedding-torch: its origin is the middle of the
+        sequence, so these keys must not be cached for a longer one (`rotate` is for that). Scores
+        are the same as those of `rotate`.
+
+        Args:
+            q: ``[..., S, D]``.
+            k: as ``q``.
+            seq_dim: the axis of the sequence (default -2, or -3 with ``seq_before_head_dim``).
+
+        Returns:
+            rotated ``q`` and ``k``, same shapes and dtypes.
+        """
+        lengths = []
+        for name, x in (("q", q), ("k", k)):
+            axis = self._seq_dim(x, seq_dim, name)
+            lengths.append(x.shape[axis])
+        length = lengths[0]
+        if lengths[1] != length:
+            raise BadInputError(
+                f"q and k must have the same sequence length, "
+                f"got {tuple(q.shape)} and {tuple(k.shape)}"
+            )
+        positions = self.implied_positions(length)
         cos, sin = self.cos_sin(positions)
-        if cos.ndim == 3:  # [B, S, r/2] -> [B, 1, S, r/2], shared by the heads
-            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-        return rotate_pairs(x, cos, sin, layout=self.layout)
+        for_q = for_k = (cos, sin)
+        if self.xpos is not None:
+            scale = self.xpos(positions, origin=length // 2)
+            for_q, for_k = (cos * scale, sin * scale), (cos / scale, sin / scale)
+        return self._rotate(q, for_q, axis), self._rotate(k, for_k, axis)
 
+    def rotate_queries_with_cached_keys(
+        self, q: Tensor, k: Tensor, seq_dim: int | None = None, offset: int | Tensor = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Rotate the last queries of a sequence and all of its keys, which were cached unrotated.
 
-def _check_offset(offset: int | Tensor) -> None:
-    if isinstance(offset, Tensor):
-        if offset.ndim or offset.dtype not in _INTEGERS:
+        Keys take positions from 0, queries the last ones of the keys, plus ``offset``.
+        rotary-embedding-torch gives xPos's queries and keys different origins here, so that its
+        scores depend on how many queries there are. Here both have the origin of `rotate`, which
+        depends on no length: every step gives the numbers of the full pass.
+
+        Args:
+            q: ``[..., S_q, D]``.
+            k: ``[..., S_k, D]`` with ``S_k >= S_q``.
+            seq_dim: the axis of the sequence (default -2, or -3 with ``seq_before_head_dim``).
+            offset: added to the positions of the queries.
+
+        Returns:
+            rotated ``q`` and ``k``, same shapes and dtypes.
+        """
+        axis, k_axis = self._seq_dim(q, seq_dim, "q"), self._seq_dim(k, seq_dim, "k")
+        q_len, k_len = q.shape[axis], k.shape[k_axis]
+        if not torch.compiler.is_compiling() and q_len > k_len:
+            raise BadInputError(f"q must be no longer than k, got {q_len} and {k_len} tokens")
+        for_q, _ = self.turns(self.implied_positions(q_len, k_len - q_len + offset))
+        _, for_k = self.turns(self.implied_positions(k_len))
+        return self._rotate(q, for_q, axis), self._rotate(k, for_k, k_axis)
+
+    def get_seq_pos(
+        self,
+        seq_len: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        offset: int | Tensor = 0,
+    ) -> Tensor:
+        """Positions ``[seq_len]``, divided by ``interpolate_factor``; exact before any rounding.
+
+        Args:
+            seq_len: how many.
+            device: where (default: the module's).
+            dtype: of the result (default float32).
+            offset: the first position.
+        """
+        steps = torch.arange(seq_len, device=self.device if device is None else device) + offset
+        return (steps.double() / self.interpolate_factor).to(dtype or torch.float32)
+
+    def get_scale(self, t: Tensor, seq_len: int | None = None, offset: int | Tensor = 0) -> Tensor:
+        """Scales of xPos as rotary-embedding-torch has them: 1 in the middle of ``t``.
+
+        Args:
+            t: ``[S]`` positions, as from `get_seq_pos`.
+            seq_len: accepted for compatibility; the result depends on ``t`` alone.
+            offset: likewise.
+
+        Returns:
+            ``[S, dim]`` float32, one value a channel.
+        """
+        del seq_len, offset
+        if self.xpos is None:
+            raise BadInputError("get_scale needs use_xpos=True, got False")
+        scale = self.xpos(t.double() * self.interpolate_factor, origin=t.shape[0] // 2)
+        return repeat_for_pairs(scale, layout=self.layout)
+
+    def get_axial_freqs(
+        self, *dims: int, offsets: tuple[float, ...] | Tensor | None = None
+    ) -> Tensor:
+        """Angles of a grid, for `apply_rotary_emb`: each axis turns channels of its own.
+
+        Args:
+            dims: the size of each axis. Coordinates are ``0 … size - 1``, or with
+                ``freqs_for="pixel"`` from -1 to 1.
+            offsets: added to the coordinates of each axis; with more axes than one they lead the
+                result.
+
+        Returns:
+            ``[*dims, len(dims) * r]`` float32, in radians.
+        """
+        if offsets is not None:
+            offsets = torch.as_tensor(offsets, device=self.device)
+            if len(offsets) != len(dims):
+                raise BadInputError(
+                    f"offsets must have one entry for each of {len(dims)} axes, got {len(offsets)}"
+                )
+        grids = []
+        for axis, size in enumerate(dims):
+            if self.freqs_for == "pixel":
+                places = torch.linspace(-1, 1, size, dtype=torch.float64, device=self.device)
+            else:
+                places = torch.arange(size, device=self.device)
+            if offsets is not None:
+                places = places + offsets[axis]
+            index: list[Any] = [None] * len(dims)
+            index[axis] = slice(None)
+            grids.append(self._angles(places)[(..., *index, slice(None))])
+        if self.layout == "half":
+            return repeat_for_pairs(broadcat(grids), layout="half")
+        return broadcat([repeat_for_pairs(grid, layout=self.layout) for grid in grids])
+
+    def forward(self, t: Tensor, seq_len: int | None = None, offset: int | Tensor = 0) -> Tensor:
+        """Angles of positions, for `apply_rotary_emb`.
+
+        Args:
+            t: positions of any shape, integers or fractions, after interpolation (`get_seq_pos`).
+            seq_len: accepted for compatibility; the result depends on ``t`` alone.
+            offset: likewise.
+
+        Returns:
+            ``[*t.shape, r]`` float32 in radians, one value a channel. Float32 angles lose digits
+            as positions grow; the methods that rotate do not go through them.
+        """
+        del seq_len, offset
+        return repeat_for_pairs(self._angles(t), layout=self.layout)
+
+    def _angles(self, t: Tensor) -> Tensor:
+        if self.angles.inv_freq is None:
+            freqs = self.freqs.double()
+        else:
+            freqs = self.angles.inv_freq * self.interpolate_factor
+        return (t.double().unsqueeze(-1) * freqs).to(torch.float32)
+
+    def _rotate(self, x: Tensor, turns: Turns, seq_dim: int) -> Tensor:
+        target = lowering.active()
+        rotate = rotate_sequence if target is None else target.rotate
+        return rotate(x, *turns, layout=self.layout, seq_dim=seq_dim)
+
+    def _seq_dim(self, x: Tensor, seq_dim: int | None, name: str) -> int:
+        axis = self.default_seq_dim if seq_dim is None else seq_dim
+        axis = axis - x.ndim if axis >= 0 else axis
+        self._check_heads(x, axis, name)
+        return axis
+
+    def _check_heads(self, x: Tensor, seq_dim: int, name: str) -> None:
+        if not -x.ndim <= seq_dim <= -2 or x.shape[-1] < self.dim:
+            shape = f"[..., S, {'H, ' * (-2 - seq_dim)}D]" if seq_dim <= -2 else "[..., S, D]"
             raise BadInputError(
-                f"offset must be an integer or a 0-d tensor of int32 or int64, "
-                f"got {offset.dtype} of shape {tuple(offset.shape)}"
+                f"{name} must be {shape} with D >= {self.dim}, got {tuple(x.shape)}"
             )
-    elif isinstance(offset, float | bool):
-        raise BadInputError(f"offset must be an integer or a 0-d integer tensor, got {offset!r}")
 
 
-def check_position_ids(position_ids: Tensor, x: Tensor) -> Tensor:
-    """Return ``position_ids`` if they fit ``x`` ``[B, H, S, D]``.
-
-    Raises:
-        BadInputError: they are not int32 or int64, or not ``[S]``, ``[1, S]`` or ``[B, S]``.
-    """
-    if position_ids.dtype not in _INTEGERS:
-        raise BadInputError(f"position_ids must be int32 or int64, got {position_ids.dtype}")
-    if position_ids.ndim not in (1, 2) or (position_ids.ndim == 2 and x.ndim != 4):
-        raise BadInputError(
-            f"position_ids must be [S] or [B, S], got {tuple(position_ids.shape)} "
-            f"for an input {tuple(x.shape)}"
-        )
-    if position_ids.shape[-1] != x.shape[-2]:
-        raise BadInputError(
-            f"position_ids must have the sequence length {x.shape[-2]} as last axis, "
-            f"got {tuple(position_ids.shape)}"
-        )
-    if position_ids.ndim == 2 and position_ids.shape[0] not in (1, x.shape[0]):
-        raise BadInputError(
-            f"position_ids must have one row or {x.shape[0]}, got {tuple(position_ids.shape)}"
-        )
-    return position_ids
+def _same(given: Tensor, freqs: Tensor) -> bool:
+    """Whether stored frequencies are these, as far as the dtype they were stored in can say."""
+    kept = given.detach().to("cpu")
+    if kept.dtype in (torch.float16, torch.bfloat16):
+        limits = torch.finfo(kept.dtype)
+        return torch.allclose(kept.double(), freqs, rtol=limits.eps, atol=limits.tiny * limits.eps)
+    return torch.equal(kept.float(), freqs.float())

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from rope_export.angles import FINE_ROWS
 from rope_export.reference import truth_flops
 
 if TYPE_CHECKING:
@@ -67,25 +68,34 @@ def plan_shapes(
     ]
     if longest > TRACED_LENGTH:
         wanted.append(Shape("two rows", 2, TRACED_LENGTH + 1))
-    switch = None if block.rope is None else block.rope.beyond
+    switch = turning_point(block)
     rows_wanted = _table_rows(block, longest) if with_positions else 0
     if switch is not None:  # either side of it, as close as can be
         if with_positions:
-            wanted.append(_covering("up to the switch", longest, switch.length))
-        elif switch.length <= longest:
-            wanted.append(Shape("up to the switch", 1, switch.length))
-        if switch.length < longest:
-            wanted.append(Shape("past the switch", 1, switch.length + 1))
+            wanted.append(_covering("up to the switch", longest, switch))
+        elif switch <= longest:
+            wanted.append(Shape("up to the switch", 1, switch))
+        if switch < longest:
+            wanted.append(Shape("past the switch", 1, switch + 1))
     wanted.append(_covering("longest", longest, rows_wanted))
     distinct = {(s.batch, s.sequence, s.every_position_below): s for s in wanted}
     return _within_cap(block, list(distinct.values()), with_positions)
+
+
+def turning_point(block: Attention) -> int | None:
+    """The longest sequence the first frequencies serve, or None where they serve all."""
+    if block.rope is None:
+        return None
+    found = block.rope.found
+    moving = found.beyond or found.stretch
+    return moving.length if moving else None
 
 
 def _table_rows(block: Attention, longest: int) -> int:
     """How many positions must occur for every row of the block's tables to be read."""
     if block.rope is None:
         return 0
-    return block.rope.max_seq_len or max(longest, block.rope.fine_rows)
+    return block.rope.max_seq_len or max(longest, FINE_ROWS)
 
 
 def _covering(name: str, longest: int, positions: int) -> Shape:

@@ -127,8 +127,8 @@ def prove(
         runs_on=plan.runs_on(block),
         progress=progress,
     )
-    beyond = None if block.rope is None else block.rope.beyond
-    past_switch = beyond.length if beyond and beyond.length <= _FAR_SWITCH else 0
+    switch = shapes.turning_point(block) or 0
+    past_switch = switch if switch <= _FAR_SWITCH else 0
     length = min(_SENSITIVITY_LENGTH + past_switch, plan.longest)
     return Report(
         providers=statuses,

@@ -48,21 +48,21 @@ def change(tensor: onnx.TensorProto, to: Callable[[np.ndarray], np.ndarray]) -> 
 
 
 def sine_negated(model: onnx.ModelProto) -> None:
-    change(table(model, "rope.sin"), lambda t: -t)
+    change(table(model, "rope.angles.sin"), lambda t: -t)
 
 
 def tables_shifted_one_row(model: onnx.ModelProto) -> None:
-    for name in ("rope.cos", "rope.sin"):
+    for name in ("rope.angles.cos", "rope.angles.sin"):
         change(table(model, name), lambda t: np.concatenate([t[1:], t[-1:]]))
 
 
 def tables_rolled_one_row(model: onnx.ModelProto) -> None:
-    for name in ("rope.cos", "rope.sin"):
+    for name in ("rope.angles.cos", "rope.angles.sin"):
         change(table(model, name), lambda t: np.roll(t, 1, axis=0))
 
 
 def tables_truncated(model: onnx.ModelProto) -> None:
-    for name in ("rope.cos", "rope.sin"):
+    for name in ("rope.angles.cos", "rope.angles.sin"):
         change(table(model, name), lambda t: t[: LONGEST // 2])
 
 
@@ -71,11 +71,11 @@ def last_table_row_stale(model: onnx.ModelProto) -> None:
         t[-1] = t[-2]
         return t
 
-    change(table(model, "rope.cos"), stale)
+    change(table(model, "rope.angles.cos"), stale)
 
 
 def cosine_and_sine_swapped(model: onnx.ModelProto) -> None:
-    cos, sin = table(model, "rope.cos"), table(model, "rope.sin")
+    cos, sin = table(model, "rope.angles.cos"), table(model, "rope.angles.sin")
     cos.name, sin.name = sin.name, cos.name
 
 
@@ -147,7 +147,7 @@ def _unrotate_fused(model: onnx.ModelProto, gqa: onnx.NodeProto, which: int) -> 
         helper.make_node("Expand", ["row", "batch_and_length"], ["ids"]),
         helper.make_node(
             "RotaryEmbedding",
-            [parts[rotated], "rope.cos", "rope.sin", "ids"],
+            [parts[rotated], "rope.angles.cos", "rope.angles.sin", "ids"],
             ["turned"],
             num_heads=HEADS if rotated == 0 else KV_HEADS,
         ),
@@ -229,7 +229,7 @@ def half_of_the_width_rotated(wrong: Attention) -> None:
 def frequencies_rounded_to_bfloat16(wrong: Attention) -> None:
     assert wrong.rope is not None
     rounded = wrong.rope.inv_freq.bfloat16().double()
-    wrong.rope._inv_freq = rounded
+    wrong.rope._found = replace(wrong.rope._found, inv_freq=rounded)
     wrong.rope.reset_parameters()
 
 
@@ -288,19 +288,20 @@ def scaling_dropped(wrong: Attention) -> None:
     """The scores keep their factor, the frequencies are those before scaling."""
     assert wrong.rope is not None
     plain = RotaryEmbedding(wrong.rope.dim, layout="half", max_seq_len=LONGEST)
-    wrong.rope._inv_freq = plain.inv_freq
+    wrong.rope._found = replace(wrong.rope._found, inv_freq=plain.inv_freq)
     wrong.rope.reset_parameters()
 
 
 def attention_factor_dropped(wrong: Attention) -> None:
     assert wrong.rope is not None
-    wrong.rope.attention_factor = 1.0
+    wrong.rope._found = replace(wrong.rope._found, attention_factor=1.0)
     wrong.rope.reset_parameters()
 
 
 def attention_factor_applied_twice(wrong: Attention) -> None:
     assert wrong.rope is not None
-    wrong.rope.attention_factor **= 2
+    found = wrong.rope._found
+    wrong.rope._found = replace(found, attention_factor=found.attention_factor**2)
     wrong.rope.reset_parameters()
 
 
@@ -314,13 +315,14 @@ LONGROPE = {
 
 def switch_ignored(wrong: Attention) -> None:
     assert wrong.rope is not None
-    wrong.rope.beyond = None
+    wrong.rope._found = replace(wrong.rope._found, beyond=None)
     wrong.rope.reset_parameters()
 
 
 def switch_one_token_late(wrong: Attention) -> None:
     assert wrong.rope is not None
-    wrong.rope.beyond = replace(wrong.rope.beyond, length=21)
+    late = replace(wrong.rope._found.beyond, length=21)
+    wrong.rope._found = replace(wrong.rope._found, beyond=late)
     wrong.rope.reset_parameters()
 
 

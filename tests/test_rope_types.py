@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import types
 
@@ -11,7 +12,7 @@ import transformers.modeling_rope_utils as oracle
 from transformers import LlamaConfig
 
 from rope_export import BadInputError, RotaryEmbedding
-from rope_export.frequencies import ROPE_TYPES, frequencies
+from rope_export.rope_types import ROPE_TYPES, frequencies
 
 # Parameters of real models, as their configurations state them.
 MODELS = {
@@ -111,7 +112,7 @@ MODELS = {
         32,
         10000.0,
         {
-            "type": "longrope",
+            "type": "su",
             "short_factor": [1.0] * 16,
             "long_factor": [1.5 * i for i in range(1, 17)],
             "factor": 8.0,
@@ -140,7 +141,7 @@ def float64_oracle(monkeypatch):
 def expected(
     dim: int, theta: float, scaling: dict, longest: int, seq_len: int | None = None
 ) -> tuple[torch.Tensor, float]:
-    rope_type = scaling.get("rope_type", scaling.get("type"))
+    rope_type = scaling.get("rope_type", scaling.get("type")).replace("su", "longrope")
     if rope_type == "default":
         return theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim), 1.0
     parameters = {k: v for k, v in scaling.items() if k != "type"}
@@ -201,9 +202,120 @@ def test_static_ntk_is_that_of_rotary_embedding_torch():
     torch.testing.assert_close(found.inv_freq.float(), theirs, rtol=1e-6, atol=0)
 
 
+DYNAMIC = {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 100}
+
+
+@pytest.mark.parametrize("longest", [1, 99, 100, 101, 250, 100_000])
+@pytest.mark.parametrize(("dim", "theta"), [(128, 10000.0), (32, 5e5), (4, 500.0)])
+@pytest.mark.parametrize("max_seq_len", [None, 100_000])
+@pytest.mark.usefixtures("float64_oracle")
+def test_dynamic_ntk_follows_the_longest_position_as_in_transformers(
+    dim, theta, longest, max_seq_len
+):
+    if max_seq_len and dim == 128:
+        max_seq_len = 200_000  # nothing is tabled: the length costs nothing
+    without = {"rope_type": "dynamic", "factor": 3.0}  # theirs comes from the configuration
+    inv_freq, factor = expected(dim, theta, without, 100, longest)
+    assert factor == 1
+    positions = torch.tensor([[0, 1, longest // 2], [longest - 1, 0, 0]])
+    angles = positions.double().unsqueeze(-1) * inv_freq
+    rope = RotaryEmbedding(dim, theta=theta, scaling=DYNAMIC, max_seq_len=max_seq_len)
+    for table, exact in zip(rope.cos_sin(positions), (angles.cos(), angles.sin()), strict=True):
+        torch.testing.assert_close(table.double(), exact, rtol=0, atol=1.5e-7)
+
+
+def test_dynamic_ntk_below_the_trained_length_is_a_table():
+    rope = RotaryEmbedding(8, scaling=DYNAMIC, max_seq_len=100)
+    assert rope.one_table
+    for table, plain in zip(
+        (rope.angles.cos, rope.angles.sin),
+        RotaryEmbedding(8).cos_sin(torch.arange(100)),
+        strict=True,
+    ):
+        assert torch.equal(table, plain)
+
+
+def test_dynamic_ntk_does_not_remember_longer_sequences():
+    rope = RotaryEmbedding(8, scaling=DYNAMIC)
+    short = torch.arange(50)
+    before = rope.cos_sin(short)
+    rope.cos_sin(torch.arange(500))
+    assert all(torch.equal(a, b) for a, b in zip(before, rope.cos_sin(short), strict=True))
+
+
+QWEN2_VL = {"type": "mrope", "mrope_section": [16, 24, 24]}
+QWEN3_VL = {"rope_type": "default", "mrope_section": [24, 20, 20], "mrope_interleaved": True}
+
+
+@pytest.mark.parametrize(
+    ("theirs", "scaling", "dim"),
+    [
+        ("qwen2_vl.Qwen2VL", QWEN2_VL, 128),
+        ("qwen2_vl.Qwen2VL", QWEN2_VL | {"rope_type": "default"}, 128),
+        ("qwen3_vl.Qwen3VLText", QWEN3_VL, 128),
+        ("qwen3_5.Qwen3_5Text", QWEN3_VL | {"mrope_section": [11, 11, 10]}, 64),
+    ],
+)
+def test_mrope_turns_each_pair_by_its_own_axis(theirs, scaling, dim):
+    module, name = theirs.split(".")
+    modeling = importlib.import_module(f"transformers.models.{module}.modeling_{module}")
+    recompose = getattr(modeling, f"{name}RotaryEmbedding").recomposition_frequencies
+    inv_freq = 1e6 ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    positions = torch.randint(0, 3000, (3, 2, 7), generator=torch.Generator().manual_seed(0))
+    axes = types.SimpleNamespace(mrope_section=scaling["mrope_section"])
+    angles = recompose(axes, positions.double().unsqueeze(-1) * inv_freq)[..., : dim // 2]
+    rope = RotaryEmbedding(dim, theta=1e6, scaling=scaling, layout="half")
+    assert rope.axes == 3
+    for table, exact in zip(rope.cos_sin(positions), (angles.cos(), angles.sin()), strict=True):
+        torch.testing.assert_close(table.double(), exact, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scaling", [QWEN2_VL, QWEN3_VL])
+def test_mrope_of_text_is_plain_rope(scaling):
+    rope, plain = RotaryEmbedding(128, scaling=scaling), RotaryEmbedding(128)
+    x = torch.randn(2, 3, 9, 128, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(9).expand(3, 2, 9)
+    for outputs in (rope.rotate(x, x), rope.rotate(x, x, position_ids=positions)):
+        assert torch.equal(outputs[0], plain.rotate(x, x)[0])
+
+
+def test_axial_is_that_of_the_vision_tower_of_qwen2_vl():
+    from transformers.models.qwen2_vl import modeling_qwen2_vl as modeling
+
+    config = modeling.Qwen2VLVisionConfig(embed_dim=160, num_heads=2)
+    theirs = modeling.Qwen2VLVisionRotaryEmbedding(config)
+    rope = RotaryEmbedding(80, layout="half", scaling=config.rope_parameters)
+    places = torch.tensor([[[0, 0, 1, 5]], [[0, 3, 1, 2]]])  # rows, then columns
+    cos, sin = theirs(torch.zeros(1), places.transpose(0, 1))
+    q = torch.randn(1, 2, 4, 80, generator=torch.Generator().manual_seed(0))
+    turned, _ = modeling.apply_rotary_pos_emb(q, q, cos, sin)
+    for given in (places, places[:, 0]):
+        torch.testing.assert_close(
+            rope.rotate(q, q, position_ids=given)[0], turned, rtol=0, atol=5e-6
+        )
+
+
+@pytest.mark.parametrize(
+    ("scaling", "position_ids", "says"),
+    [
+        (QWEN2_VL, (2, 1, 5), r"must be \[S\] or \[B, S\] or \[3, B, S\], got \(2, 1, 5\)"),
+        (QWEN2_VL, (3, 2, 5), r"must have one row or 1, got \(3, 2, 5\)"),
+        (QWEN2_VL, (3, 1, 4), r"must have the sequence length 5 as last axis, got \(3, 1, 4\)"),
+        ({"rope_type": "axial"}, (5,), r"must be \[2, S\] or \[2, B, S\], got \(5,\)"),
+        ({"rope_type": "axial"}, (3, 5), r"must be \[2, S\] or \[2, B, S\], got \(3, 5\)"),
+        ({"rope_type": "axial"}, None, r"position_ids \[2, B, S\] must be given"),
+    ],
+)
+def test_positions_need_the_axes_of_the_type(scaling, position_ids, says):
+    rope, x = RotaryEmbedding(128, scaling=scaling), torch.zeros(1, 1, 5, 128)
+    ids = None if position_ids is None else torch.zeros(position_ids, dtype=torch.int64)
+    with pytest.raises(BadInputError, match=says):
+        rope.rotate(x, x, position_ids=ids)
+
+
 def test_every_type_is_proven():
-    proven = {s.get("rope_type", s.get("type")) for _, _, s, _ in MODELS.values()} | {"ntk"}
-    assert proven == set(ROPE_TYPES)
+    proven = {s.get("rope_type", s.get("type")) for _, _, s, _ in MODELS.values()}
+    assert proven | {"ntk", "dynamic", "mrope", "axial"} == set(ROPE_TYPES)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -211,7 +323,7 @@ def test_every_type_is_proven():
 def test_a_rotation_uses_them(model, max_seq_len):
     dim, theta, scaling, longest = MODELS[model]
     scaling = {"original_max_position_embeddings": longest} | scaling
-    if scaling.get("rope_type", scaling.get("type")) not in ("yarn", "llama3", "longrope"):
+    if scaling.get("rope_type", scaling.get("type")) not in ("yarn", "llama3", "longrope", "su"):
         del scaling["original_max_position_embeddings"]
     rope = RotaryEmbedding(
         dim, theta=theta, scaling=scaling, layout="half", max_seq_len=max_seq_len
@@ -236,8 +348,8 @@ def test_a_rotation_uses_them(model, max_seq_len):
         ({}, "scaling must state one rope_type, got none"),
         ({"factor": 2}, "scaling must state one rope_type, got none"),
         ({"rope_type": "yarn", "type": "linear", "factor": 2}, "one rope_type, got 'linear' and"),
-        ({"rope_type": "warp"}, "one of default, linear, .*got 'warp'"),
-        ({"rope_type": None}, "one of default, linear, .*got None"),
+        ({"rope_type": "warp"}, "one of axial, default, .*got 'warp'"),
+        ({"rope_type": None}, "one of axial, default, .*got None"),
         ({"rope_type": "linear"}, "'linear' needs 'factor'"),
         (
             {"rope_type": "linear", "factor": 0.5},
@@ -266,7 +378,18 @@ def test_a_rotation_uses_them(model, max_seq_len):
             r"'short_factor'\] must list numbers above 0, got 0",
         ),
         ({"rope_type": "proportional", "partial_rotary_factor": 1.5}, "at most 1, got 1.5"),
-        ({"rope_type": "default", "rope_theta": 5000.0}, "differ: 5000 and 10000"),
+        ({"rope_type": ["yarn"]}, "one of axial, default, .*got \\['yarn'\\]"),
+        ({"rope_type": "dynamic", "factor": 2}, "needs 'original_max_position_embeddings'"),
+        (DYNAMIC | {"factor": 0.5}, r"scaling\['factor'\] must be .* at least 1, got 0.5"),
+        (DYNAMIC | {"original_max_position_embeddings": 9.5}, "must be an integer, got 9.5"),
+        ({"rope_type": "mrope"}, "'mrope' needs 'mrope_section'"),
+        ({"rope_type": "mrope", "mrope_section": [8, 8, 8]}, r"add up to 32.* got \[8, 8, 8\]"),
+        ({"rope_type": "mrope", "mrope_section": [32, 0]}, "integers above 0, got 0"),
+        ({"rope_type": "mrope", "mrope_section": 32}, "must list integers above 0, got 32"),
+        (
+            {"rope_type": "mrope", "mrope_section": [4, 24, 4], "mrope_interleaved": True},
+            r"cannot be interleaved over 32 pairs, got \[4, 24, 4\]",
+        ),
     ],
 )
 def test_a_bad_field_is_named_with_its_value(scaling, says):
@@ -277,6 +400,21 @@ def test_a_bad_field_is_named_with_its_value(scaling, says):
 def test_yarn_needs_a_length_from_somewhere():
     with pytest.raises(BadInputError, match="needs 'original_max_position_embeddings'"):
         RotaryEmbedding(64, scaling={"rope_type": "yarn", "factor": 2.0})
+
+
+def test_two_bases_contradict_each_other():
+    with pytest.raises(BadInputError, match="differ: 5000 and 10000"):
+        RotaryEmbedding(64, theta=1e4, scaling={"rope_type": "default", "rope_theta": 5000.0})
+
+
+@pytest.mark.parametrize("rope_type", ["default", "linear"])
+def test_the_base_may_be_stated_by_the_scaling_alone(rope_type):
+    scaling = {"rope_type": rope_type, "rope_theta": 5e5}
+    if rope_type == "linear":
+        scaling["factor"] = 1.0
+    rope = RotaryEmbedding(64, scaling=scaling)
+    assert rope.theta == 5e5
+    assert torch.equal(rope.inv_freq, RotaryEmbedding(64, theta=5e5).inv_freq)
 
 
 def test_the_same_theta_may_be_stated_twice():

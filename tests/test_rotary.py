@@ -21,7 +21,7 @@ from rope_export.errors import BadInputError
 from rope_export.rotary import RotaryEmbedding
 from rope_export.rotation import LAYOUTS, rotate_pairs
 
-LAST_WITHOUT_LENGTH = 4096 * 2443 - 1
+LAST_WITHOUT_LENGTH = 4096 * 8192 - 1
 ANY_LENGTH = pytest.mark.parametrize("max_seq_len", [64, None])
 
 
@@ -166,7 +166,7 @@ def test_onnx_node_tests_are_reproduced(onnx_backend_cases, name):
 def test_onnx_node_tests_are_reproduced_by_the_module_with_their_tables(onnx_backend_cases, name):
     x, cos, sin, (position_ids,), expected, layout = case_arrays(onnx_backend_cases[name])
     rope = RotaryEmbedding(2 * cos.shape[1], layout=layout, max_seq_len=cos.shape[0])
-    rope.cos, rope.sin = cos, sin
+    rope.angles.cos, rope.angles.sin = cos, sin
     for actual in rope.rotate(x, x, position_ids=position_ids):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
@@ -204,9 +204,9 @@ def test_every_way_to_give_positions(max_seq_len, layout, dim, arguments, positi
 
 @pytest.mark.parametrize(("dim", "theta"), [(8, 10000.0), (128, 500000.0), (6, 2.0)])
 def test_without_a_longest_length_every_position_is_within_a_millionth(dim, theta):
-    boundaries = [4096 * n + step for n in (1, 2, 1221, 2442) for step in (-1, 0, 1)]
+    boundaries = [4096 * n + step for n in (1, 2, 1221, 2442, 8191) for step in (-1, 0, 1)]
     drawn = np.random.default_rng(0).integers(0, LAST_WITHOUT_LENGTH, 2000)
-    positions = np.array([0, 1, *boundaries, *drawn, 10_000_000, LAST_WITHOUT_LENGTH])
+    positions = np.array([0, 1, *boundaries, *drawn, 10_000_000, 2**24 + 1, LAST_WITHOUT_LENGTH])
     rope = RotaryEmbedding(dim, theta=theta)
     assert rope.positions == LAST_WITHOUT_LENGTH + 1
     angles = np.outer(positions, inverse_frequencies(dim, theta))
@@ -258,8 +258,8 @@ CONVERSIONS = {
 def assert_exact(rope, inv_freq):
     """Float32 tables, each entry within one rounding of float64, and a rotation to match."""
     for angles_per_row, cos, sin in [
-        (1, rope.cos, rope.sin),
-        (4096, rope.coarse_cos, rope.coarse_sin),
+        (1, rope.angles.cos, rope.angles.sin),
+        (4096, rope.angles.coarse_cos, rope.angles.coarse_sin),
     ]:
         if cos is None:
             assert rope.max_seq_len is not None
@@ -479,15 +479,15 @@ def test_heads_that_do_not_fit_are_refused(q_shape, k_shape, message):
 
 def test_batched_positions_need_a_batch():
     t = torch.zeros(2, 5, 8)
-    with pytest.raises(BadInputError, match=r"got \(2, 5\) for an input \(2, 5, 8\)"):
+    with pytest.raises(BadInputError, match=r"got \(2, 5\) and heads without a batch"):
         RotaryEmbedding(8).rotate(t, t, position_ids=IDS)
 
 
-def test_without_a_longest_length_ten_million_positions_are_the_limit():
+def test_without_a_longest_length_2_to_the_25_positions_are_the_limit():
     with pytest.raises(
-        BadInputError, match="positions must lie in 0 … 10006527, got 10006524 … 10006528"
+        BadInputError, match="positions must lie in 0 … 33554431, got 33554428 … 33554432"
     ):
-        RotaryEmbedding(8).rotate(*queries_and_keys(5), offset=10_006_524)
+        RotaryEmbedding(8).rotate(*queries_and_keys(5), offset=2**25 - 4)
 
 
 @ANY_LENGTH
@@ -495,9 +495,10 @@ def test_without_a_longest_length_ten_million_positions_are_the_limit():
 def test_explicit_positions_out_of_range_raise_when_looked_up(max_seq_len, beyond):
     rope = RotaryEmbedding(8, max_seq_len=max_seq_len)
     position = -1 if beyond < 0 else rope.positions
-    with pytest.raises(IndexError):
+    message = f"position_ids must lie in 0 … {rope.positions - 1}, got {position} … {position};"
+    with pytest.raises(BadInputError, match=message):
         rope.rotate(*queries_and_keys(1), position_ids=torch.tensor([position]))
-    with pytest.raises(IndexError):
+    with pytest.raises(BadInputError, match=message):
         rope.rotate(*queries_and_keys(1), offset=torch.tensor(position))
 
 

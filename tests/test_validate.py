@@ -94,7 +94,7 @@ def test_every_row_of_the_table_is_read_when_positions_are_an_input(target, row,
         folder = tmp_path / str(seed)
         export(block, folder, target=target, position_ids=True, seed=seed)
         model = onnx.load(folder / "model.onnx")
-        mutants.change(mutants.table(model, "rope.cos"), zeroed(row))
+        mutants.change(mutants.table(model, "rope.angles.cos"), zeroed(row))
         onnx.save(model, folder / "model.onnx")
         assert not validate(folder, block).passed
 
@@ -115,7 +115,7 @@ def test_both_composed_tables_are_read_when_positions_are_an_input(target, row, 
     result = export(block, tmp_path / "block", target=target, position_ids=True, max_seq_len=64)
     assert validate(result, block).passed
     original = result.model.read_bytes()
-    for name, changed in (("rope.cos", row), ("rope.coarse_sin", row % 2443)):
+    for name, changed in (("rope.angles.cos", row), ("rope.angles.coarse_sin", row % 8192)):
         model = onnx.load_from_string(original)
         mutants.change(mutants.table(model, name), zeroed(changed))
         onnx.save(model, result.model)
@@ -124,7 +124,8 @@ def test_both_composed_tables_are_read_when_positions_are_an_input(target, row, 
 
 def weakened_mask(model: onnx.ModelProto) -> None:
     """Hidden scores pushed down by a hundred only, enough for quiet inputs."""
-    (where,) = [n for n in model.graph.node if n.op_type == "Where"]
+    (scores,) = [n for n in model.graph.node if n.op_type == "Softmax"]
+    (where,) = [n for n in model.graph.node if scores.input[0] in n.output]
     (mask,) = [t for t in model.graph.initializer if t.name in where.input]
     mutants.change(mask, lambda _: np.array(-100.0))
 

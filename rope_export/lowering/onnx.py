@@ -4,38 +4,40 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from rope_export.lowering import ops, rules
+from rope_export.rotation import Layout, rotate_sequence
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
-    from rope_export.rotary import RotaryEmbedding
 
 
-def rotate(
-    rope: RotaryEmbedding, x: Tensor, position_ids: Tensor, *, num_heads: int | None = None
-) -> Tensor:
-    """Emit one RotaryEmbedding node.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout, seq_dim: int = -2) -> Tensor:
+    """Emit one RotaryEmbedding node with the angles gathered for each token.
 
     Args:
-        rope: holds the angles.
-        x: ``[B, H, S, D]``, or ``[B, S, H * D]`` with ``num_heads``.
-        position_ids: int64 ``[B, S]``.
-        num_heads: heads of a 3-D ``x``.
+        x: heads of any rank, as `rotation.rotate_sequence` takes them.
+        cos: ``[S, r / 2]`` or ``[B, S, r / 2]``.
+        sin: as ``cos``.
+        layout: which channels form a pair.
+        seq_dim: the axis of the sequence, counted from the end.
     """
-    if num_heads is None:
-        num_heads, head_dim = x.shape[1], x.shape[3]
+    if seq_dim not in (-2, -3):  # heads on both sides: the operator has no such form
+        return rotate_sequence(x, cos, sin, layout=layout, seq_dim=seq_dim)
+    if cos.ndim == 2:  # every row alike: all leading axes are heads, or rows, of one batch
+        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
+    if seq_dim == -2:
+        heads = x if x.ndim == 4 else x.reshape(1, -1, *x.shape[-2:])
+        num_heads = heads.shape[1]
     else:
-        head_dim = x.shape[2] // num_heads
-    if rope.max_seq_len is not None:
-        cos, sin, ids = rope.cos, rope.sin, rope.table_rows(position_ids, rope.max_seq_len)
-    else:  # composed angles: gathered here, one row for each token
-        (cos, sin), ids = rope.cos_sin(position_ids), None
-    return ops.rotary_embedding(
-        x, cos, sin, ids, num_heads=num_heads, head_dim=head_dim, layout=rope.layout
+        num_heads = x.shape[-2]
+        heads = x.reshape(-1, x.shape[-3], num_heads * x.shape[-1])
+    cos, sin = (t.expand(heads.shape[0], -1, -1) for t in (cos, sin))
+    turned = ops.rotary_embedding(
+        heads, cos, sin, num_heads=num_heads, head_dim=x.shape[-1], layout=layout
     )
+    return turned.reshape(x.shape)
 
 
 def rotated_projections(
@@ -54,10 +56,13 @@ def rotated_projections(
         q, k, v = q.float(), k.float(), v.float()
     if block.rope is not None:
         if position_ids is None:
-            batch, length = hidden_states.shape[0], hidden_states.shape[1]
-            position_ids = torch.arange(length).unsqueeze(0).expand(batch, length)
-        q = rotate(block.rope, q, position_ids, num_heads=block.num_heads)
-        k = rotate(block.rope, k, position_ids, num_heads=block.num_kv_heads)
+            position_ids = block.rope.implied_positions(hidden_states.shape[1])
+        for_q, for_k = block.rope.turns(position_ids)
+        layout = block.rope.layout
+        q, k = (
+            rotate(x.unflatten(-1, (heads, -1)), *turns, layout=layout, seq_dim=-3).flatten(-2)
+            for x, turns, heads in ((q, for_q, block.num_heads), (k, for_k, block.num_kv_heads))
+        )
     return q, k, v
 
 

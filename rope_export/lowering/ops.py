@@ -23,7 +23,6 @@ def rotary_embedding(
     x: Tensor,
     cos: Tensor,
     sin: Tensor,
-    position_ids: Tensor | None,
     *,
     num_heads: int,
     head_dim: int,
@@ -31,11 +30,13 @@ def rotary_embedding(
 ) -> Tensor:
     """ONNX ``RotaryEmbedding-23``, in float32.
 
+    Its other form, tables and ``position_ids``, is not used: positions beyond the table would be
+    an error on one provider and pass through unrotated on another.
+
     Args:
         x: ``[B, S, num_heads * head_dim]`` or ``[B, num_heads, S, head_dim]``.
-        cos: ``[rows, r/2]`` with ``position_ids``, else gathered ``[B, S, r/2]``.
+        cos: gathered for each token, ``[B, S, r/2]``.
         sin: as ``cos``.
-        position_ids: int64 ``[B, S]`` or None.
         num_heads: heads in ``x``.
         head_dim: width of one head.
         layout: which channels form a pair.
@@ -48,10 +49,9 @@ def rotary_embedding(
         attributes["rotary_embedding_dim"] = rotated
     # The operator wants tables of its input's dtype: half-precision heads are turned in float32.
     wide = x.float()
-    inputs = (wide, cos.float(), sin.float(), position_ids)
     turned = torch.onnx.ops.symbolic(
         "RotaryEmbedding",
-        inputs if position_ids is not None else inputs[:3],
+        (wide, cos.float(), sin.float()),
         attrs=attributes,
         dtype=wide.dtype,
         shape=x.shape,

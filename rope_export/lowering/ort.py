@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 def _rotating_gqa(block: Attention, hidden_states: Tensor, position_ids: Tensor | None) -> Tensor:
     assert block.rope is not None  # a limit of this form
     assert position_ids is None  # likewise
-    return _gqa(
-        block, block.packed_projection(hidden_states), None, None, (block.rope.cos, block.rope.sin)
-    )
+    cos, sin = block.rope.angles.cos, block.rope.angles.sin
+    assert cos is not None  # likewise
+    assert sin is not None
+    return _gqa(block, block.packed_projection(hidden_states), None, None, (cos, sin))
 
 
 def _plain_gqa(block: Attention, hidden_states: Tensor, position_ids: Tensor | None) -> Tensor:

@@ -9,17 +9,10 @@ from einops import rearrange
 from torch import Tensor
 
 from rope_export.lowering import rules
-from rope_export.rotation import rotate_pairs
+from rope_export.rotation import rotate_sequence
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
-    from rope_export.rotary import RotaryEmbedding
-
-
-def rotate(rope: RotaryEmbedding, x: Tensor, position_ids: Tensor) -> Tensor:
-    """Emit gathers and arithmetic for ``[B, H, S, D]`` heads and ``[B, S]`` positions."""
-    cos, sin = rope.cos_sin(position_ids)
-    return rotate_pairs(x, cos.unsqueeze(1), sin.unsqueeze(1), layout=rope.layout)
 
 
 def attend(
@@ -40,8 +33,10 @@ def attend(
     v = rearrange(v, "b s (h d) -> b h s d", h=block.num_kv_heads)
     if block.rope is not None:
         if position_ids is None:
-            position_ids = torch.arange(length).unsqueeze(0)
-        q, k = rotate(block.rope, q, position_ids), rotate(block.rope, k, position_ids)
+            position_ids = block.rope.implied_positions(length)
+        for_q, for_k = block.rope.turns(position_ids)
+        q = rotate_sequence(q, *for_q, layout=block.rope.layout)
+        k = rotate_sequence(k, *for_k, layout=block.rope.layout)
     q, k, v = q.float(), k.float(), v.float()
     q = rearrange(q * block.scale, "b (h g) s d -> b h (g s) d", h=block.num_kv_heads)
     scores = q @ rearrange(k, "b h s d -> b h d s")

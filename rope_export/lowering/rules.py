@@ -40,7 +40,7 @@ class Situation:
         head_dim: width of a head.
         rotary_dim: rotated width of a head, 0 without RoPE.
         causal: whether later tokens are hidden.
-        tabled: the angles are one cos/sin table indexed by position.
+        tabled: the angles of queries and keys are one cos/sin table indexed by position.
         implied_positions: positions are 0, 1, 2, … in every row.
     """
 
@@ -69,7 +69,7 @@ def situations(
             head_dim=block.head_dim,
             rotary_dim=0 if rope is None else rope.dim,
             causal=block.causal,
-            tabled=rope is not None and rope.max_seq_len is not None and rope.beyond is None,
+            tabled=rope is not None and rope.one_table,
             implied_positions=implied_positions,
         )
         for provider in providers
@@ -164,8 +164,8 @@ _GQA_ROTATES = (
     Limit(
         None,
         lambda s: s.tabled,
-        "rotation inside GroupQueryAttention needs one cos/sin table for all lengths "
-        "(a max_seq_len, and a RoPE type that does not switch)",
+        "rotation inside GroupQueryAttention needs one cos/sin table for all lengths (a "
+        "max_seq_len, no xPos, and frequencies that are not learned and do not follow the length)",
     ),
 )
 

@@ -1,0 +1,84 @@
+"""xPos: queries grow and keys shrink with their position, so that far tokens attend less."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from rope_export.angles import keeping_dtype
+from rope_export.errors import BadInputError
+from rope_export.frequencies import xpos_log_decay
+
+_LARGEST_EXPONENT = 87.0  # exp(88.7) is float32's end
+
+
+class XPos(nn.Module):
+    """Scales of xPos by position: ``decay ** ((position - origin) / scale_base)``.
+
+    Queries are multiplied by the scale, keys divided by it; a score then holds
+    ``decay ** (distance / scale_base)`` whatever the origin. The origin only says where both are
+    1: it must not depend on the length seen, or keys cached earlier would carry another one.
+
+    Source: Sun et al., "A Length-Extrapolatable Transformer" (2022).
+
+    Args:
+        dim: rotated width of a head, even.
+        scale_base: positions over which each pair decays once.
+        max_seq_len: positions served, or None; the origin is in their middle, or at 0.
+        interpolate_factor: positions are divided by it first.
+
+    Raises:
+        BadInputError: an argument is out of range, or ``max_seq_len`` beyond what float32 scales.
+    """
+
+    log_decay: Tensor
+
+    def __init__(
+        self, dim: int, scale_base: float, max_seq_len: int | None, interpolate_factor: float
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(scale_base) and scale_base > 0):
+            raise BadInputError(
+                f"xpos_scale_base must be a finite number above 0, got {scale_base}"
+            )
+        self.dim = dim
+        self.scale_base = scale_base
+        self.interpolate_factor = interpolate_factor
+        self.origin = 0 if max_seq_len is None else max_seq_len // 2
+        steepest = -float(xpos_log_decay(dim)[0])
+        reach = int(_LARGEST_EXPONENT / steepest * scale_base * interpolate_factor)
+        self.positions = self.origin + reach + 1
+        if max_seq_len is not None and max_seq_len > self.positions:
+            raise BadInputError(
+                f"max_seq_len must be at most {2 * reach} with xpos_scale_base {scale_base:g}: "
+                f"beyond, the scales of keys exceed float32; got {max_seq_len}"
+            )
+        self.register_buffer("log_decay", torch.empty(dim // 2, dtype=torch.float64), False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Rebuild the rates on the module's device (a no-op on ``meta``)."""
+        if not self.log_decay.is_meta:
+            self.log_decay = xpos_log_decay(self.dim).to(self.log_decay.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XPos:
+        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call,no-any-return]
+
+    def forward(self, positions: Tensor, origin: float | Tensor | None = None) -> Tensor:
+        """Scales of positions.
+
+        Args:
+            positions: ``[..., S]``, before interpolation.
+            origin: where the scale is 1, after interpolation; the module's own unless given.
+
+        Returns:
+            ``[..., S, r / 2]`` float32.
+        """
+        places = positions.to(torch.float64) / self.interpolate_factor
+        if origin is None:
+            origin = self.origin / self.interpolate_factor
+        powers = (places - origin) / self.scale_base
+        return torch.exp(powers.unsqueeze(-1) * self.log_decay).to(torch.float32)
