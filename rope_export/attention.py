@@ -109,8 +109,8 @@ class Attention(nn.Module):
 
         Args:
             hidden_states: ``[B, S, hidden_size]``.
-            position_ids: ``[S]`` or ``[B, S]`` integers for the rotation; implied as
-                ``offset … offset + S - 1``. The causal order stays that of the sequence.
+            position_ids: ``[S]`` or ``[B, S]`` integers for the rotation (``[axes, B, S]`` for a
+                RoPE with several); implied as ``offset … offset + S - 1``. The causal order stays that of the sequence.
             offset: position of the first token, as an int or a 0-d integer tensor.
 
         Returns:
@@ -141,7 +141,7 @@ class Attention(nn.Module):
         k = rearrange(self.k_proj(hidden_states), "b s (h d) -> b h s d", h=self.num_kv_heads)
         v = rearrange(self.v_proj(hidden_states), "b s (h d) -> b h s d", h=self.num_kv_heads)
         if self.rope is not None:
-            q, k = self.rope.rotate(q, k, position_ids=position_ids, offset=offset)
+            q, k = self.rope.rotate(q, k, position_ids=position_ids, offset=offset, seq_dim=-2)
         return q, k, v
 
     def attend(

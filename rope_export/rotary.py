@@ -312,6 +312,7 @@ class RotaryEmbedding(nn.Module):
         *,
         position_ids: Tensor | None = None,
         offset: int | Tensor = 0,
+        seq_dim: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Rotate queries and keys by their positions.
 
@@ -319,12 +320,13 @@ class RotaryEmbedding(nn.Module):
         cached.
 
         Args:
-            q: ``[B, H, S, D]`` with ``D >= dim`` (``[B, S, H, D]`` with ``seq_before_head_dim``).
+            q: ``[B, H, S, D]`` with ``D >= dim``.
             k: ``[B, H_kv, S, D]``.
             position_ids: ``[S]`` or ``[B, S]`` integers; implied as ``offset … offset + S - 1``.
                 With several axes, ``[axes, B, S]``.
             offset: position of the first token when ``position_ids`` is not given, as an int or
                 a 0-d integer tensor.
+            seq_dim: the axis of the sequence (default -2, or -3 with ``seq_before_head_dim``).
 
         Returns:
             rotated ``q`` and ``k``, same shapes and dtypes.
@@ -332,15 +334,7 @@ class RotaryEmbedding(nn.Module):
         Raises:
             BadInputError: a shape, dtype or position does not fit.
         """
-        seq_dim = self.default_seq_dim
-        for name, x in (("q", q), ("k", k)):
-            self._check_heads(x, seq_dim, name)
-        length = q.shape[seq_dim]
-        if k.shape[seq_dim] != length:
-            raise BadInputError(
-                f"q and k must have the same sequence length, "
-                f"got {tuple(q.shape)} and {tuple(k.shape)}"
-            )
+        seq_dim, length = self._same_length(q, k, seq_dim)
         if position_ids is None:
             position_ids = self.implied_positions(length, offset)
         else:
@@ -402,16 +396,7 @@ class RotaryEmbedding(nn.Module):
         Returns:
             rotated ``q`` and ``k``, same shapes and dtypes.
         """
-        lengths = []
-        for name, x in (("q", q), ("k", k)):
-            axis = self._seq_dim(x, seq_dim, name)
-            lengths.append(x.shape[axis])
-        length = lengths[0]
-        if lengths[1] != length:
-            raise BadInputError(
-                f"q and k must have the same sequence length, "
-                f"got {tuple(q.shape)} and {tuple(k.shape)}"
-            )
+        axis, length = self._same_length(q, k, seq_dim)
         positions = self.implied_positions(length)
         cos, sin = self.cos_sin(positions)
         for_q = for_k = (cos, sin)
@@ -549,6 +534,16 @@ class RotaryEmbedding(nn.Module):
         axis = axis - x.ndim if axis >= 0 else axis
         self._check_heads(x, axis, name)
         return axis
+
+    def _same_length(self, q: Tensor, k: Tensor, seq_dim: int | None) -> tuple[int, int]:
+        """The axis of the sequence, counted from the end, and its length in both."""
+        axis = self._seq_dim(q, seq_dim, "q")
+        if k.shape[self._seq_dim(k, seq_dim, "k")] != q.shape[axis]:
+            raise BadInputError(
+                f"q and k must have the same sequence length, "
+                f"got {tuple(q.shape)} and {tuple(k.shape)}"
+            )
+        return axis, q.shape[axis]
 
     def _check_heads(self, x: Tensor, seq_dim: int, name: str) -> None:
         if not -x.ndim <= seq_dim <= -2 or x.shape[-1] < self.dim:

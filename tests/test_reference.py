@@ -5,12 +5,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from einops import rearrange
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from rope_export import reference
 from rope_export.attention import Attention
-from rope_export.reference import Semantics, attention_truth, rotate_exactly, truth_flops
+from rope_export.frequencies import Frequencies
+from rope_export.reference import (
+    Semantics,
+    attention_truth,
+    exact_angles,
+    rotate_exactly,
+    truth_flops,
+)
 from rope_export.rotary import RotaryEmbedding
 
 HIDDEN, HEAD_DIM, THETA = 12, 6, 50.0
@@ -212,29 +220,32 @@ def test_slicing_for_memory_changes_nothing(monkeypatch, causal, rows):
 
 DEFECTS = {
     "scale": {"scale": 1.02 * HEAD_DIM**-0.5},
-    "sine negated": {"inv_freq": -(THETA ** -(torch.arange(3, dtype=torch.float64) / 3))},
-    "other theta": {"inv_freq": 60.0 ** -(torch.arange(3, dtype=torch.float64) / 3)},
+    "sine negated": {"found": {"inv_freq": -(THETA ** -(torch.arange(3.0).double() / 3))}},
+    "other theta": {"found": {"inv_freq": 60.0 ** -(torch.arange(3.0).double() / 3)}},
     "other pairing": {"layout": "interleaved"},
     "mask": {"causal": False},
     "queries one late": {"query_shift": 1},
     "values rolled": {"value_roll": 1},
-    "attention factor": {"attention_factor": 1.1},
+    "attention factor": {"found": {"attention_factor": 1.1}},
 }
 
 
 @pytest.mark.parametrize("defect", DEFECTS.values(), ids=DEFECTS)
 def test_a_stated_defect_is_evaluated_and_seen(defect):
     block, x = block_of(), normal(2, 9, HIDDEN)
-    meaning = replace(Semantics.of(block), **defect)
+    meaning, in_found = Semantics.of(block), defect.get("found", {})
+    meaning = replace(meaning, **defect | {"found": replace(meaning.found, **in_found)})
     actual = attention_truth(block, x, semantics=meaning)
-    naive_defect = {n: v.tolist() if n == "inv_freq" else v for n, v in defect.items()}
+    naive_defect = {n: v for n, v in (defect | in_found).items() if n != "found"}
+    if "inv_freq" in naive_defect:
+        naive_defect["inv_freq"] = naive_defect["inv_freq"].tolist()
     assert_exact(actual, naive(block, x, **naive_defect))
     truth = attention_truth(block, x)
     assert (actual - truth).norm() / truth.norm() > 5e-3
 
 
 def test_every_field_of_the_semantics_has_a_defect_or_is_a_shape():
-    shapes = {"num_heads", "num_kv_heads", "beyond"}  # the switch: with the RoPE types
+    shapes = {"num_heads", "num_kv_heads", "decay"}  # xPos: with the variants
     stated = {name for defect in DEFECTS.values() for name in defect}
     assert stated | shapes == set(Semantics.__dataclass_fields__)
 
@@ -243,16 +254,16 @@ def test_the_semantics_are_read_off_the_block():
     block = block_of(4, 2, rotary_dim=4, layout="interleaved", causal=False)
     meaning = Semantics.of(block)
     expected = THETA ** (-torch.arange(0, 4, 2, dtype=torch.float64) / 4)
-    torch.testing.assert_close(meaning.inv_freq, expected, rtol=1e-15, atol=0)
-    assert replace(meaning, inv_freq=None) == Semantics(
+    torch.testing.assert_close(meaning.found.inv_freq, expected, rtol=1e-15, atol=0)
+    assert replace(meaning, found=None) == Semantics(
         num_heads=4,
         num_kv_heads=2,
         causal=False,
         scale=HEAD_DIM**-0.5,
-        inv_freq=None,
+        found=None,
         layout="interleaved",
     )
-    assert Semantics.of(block_of(rotary_dim=0)).inv_freq is None
+    assert Semantics.of(block_of(rotary_dim=0)).found is None
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
@@ -262,11 +273,60 @@ def test_the_exact_rotation_turns_pair_by_pair(layout, rotary_dim, batched):
     heads = normal(2, 3, 5, HEAD_DIM)
     inv_freq = THETA ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
     positions = torch.arange(10).reshape(2, 5) if batched else torch.arange(5)
-    actual = rotate_exactly(heads, positions, inv_freq, layout).numpy()
+    angles = exact_angles(positions, Frequencies(inv_freq), longest=10)
+    actual = rotate_exactly(heads, angles, layout).numpy()
     per_row = np.broadcast_to(positions.numpy(), (2, 5))
     for b, h, s in np.ndindex(2, 3, 5):
         expected = turn(heads[b, h, s].numpy(), per_row[b, s], inv_freq.tolist(), layout)
         np.testing.assert_allclose(actual[b, h, s], expected, rtol=0, atol=1e-13)
+
+
+def with_rope(**arguments):
+    block = block_of()
+    block.rope = RotaryEmbedding(HEAD_DIM, **{"theta": THETA} | arguments)
+    return block
+
+
+@pytest.mark.parametrize("length", [5, 8, 9, 23])
+def test_dynamic_ntk_is_plain_rope_with_another_base(length):
+    """transformers' ``_compute_dynamic_ntk_parameters``, in float64."""
+    scaling = {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 8}
+    stretched = (3.0 * max(length, 8) / 8 - 2.0) ** (HEAD_DIM / (HEAD_DIM - 2))
+    x = normal(2, length, HIDDEN)
+    actual = attention_truth(with_rope(scaling=scaling, max_seq_len=64), x)
+    assert_exact(actual, attention_truth(with_rope(theta=THETA * stretched), x).numpy())
+
+
+def test_each_axis_turns_its_own_pairs():
+    scaling = {"rope_type": "mrope", "mrope_section": [1, 2]}
+    ids = torch.from_numpy(np.random.default_rng(3).integers(0, 99, (2, 2, 7)))
+    found = with_rope(scaling=scaling).rope.found
+    angles = exact_angles(ids, found, longest=100)
+    for pair, axis in enumerate([0, 1, 1]):
+        exact = ids[axis].double() * THETA ** (-2 * pair / HEAD_DIM)
+        torch.testing.assert_close(angles[..., pair], exact, rtol=1e-15, atol=0)
+
+
+def test_xpos_is_that_of_rotary_embedding_torch():
+    from rotary_embedding_torch import RotaryEmbedding as Theirs
+
+    theirs = Theirs(HEAD_DIM, theta=THETA, use_xpos=True, xpos_scale_base=4)
+    theirs = theirs.double()
+    block = with_rope(use_xpos=True, xpos_scale_base=4)
+    x = normal(2, 9, HIDDEN)
+    heads = rearrange(normal(2, 9, 4 * HEAD_DIM), "b s (h d) -> b h s d", h=4)
+    q, k = theirs.rotate_queries_and_keys(heads, heads)
+    scores = q @ k.transpose(-1, -2)
+    found, decay = block.rope.found, Semantics.of(block).decay
+    positions = torch.arange(9)
+    angles = exact_angles(positions, found, longest=9)
+    scale = decay ** positions.unsqueeze(-1)
+    ours = rotate_exactly(heads, angles, "interleaved", scale) @ rotate_exactly(
+        heads, angles, "interleaved", 1 / scale
+    ).transpose(-1, -2)
+    torch.testing.assert_close(ours, scores, rtol=0, atol=1e-5)
+    plain = attention_truth(block, x, semantics=replace(Semantics.of(block), decay=None))
+    assert (attention_truth(block, x) - plain).norm() / plain.norm() > 0.05
 
 
 def test_truth_takes_no_gradient_and_changes_nothing():

@@ -25,19 +25,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout, seq_dim: int 
     """
     if seq_dim not in (-2, -3):  # heads on both sides: the operator has no such form
         return rotate_sequence(x, cos, sin, layout=layout, seq_dim=seq_dim)
-    if cos.ndim == 2:  # every row alike: all leading axes are heads, or rows, of one batch
-        cos, sin = cos.unsqueeze(0), sin.unsqueeze(0)
-    if seq_dim == -2:
+    if seq_dim == -2:  # all leading axes are heads of one batch, unless there are four
         heads = x if x.ndim == 4 else x.reshape(1, -1, *x.shape[-2:])
         num_heads = heads.shape[1]
     else:
         num_heads = x.shape[-2]
         heads = x.reshape(-1, x.shape[-3], num_heads * x.shape[-1])
-    cos, sin = (t.expand(heads.shape[0], -1, -1) for t in (cos, sin))
-    turned = ops.rotary_embedding(
-        heads, cos, sin, num_heads=num_heads, head_dim=x.shape[-1], layout=layout
-    )
-    return turned.reshape(x.shape)
+    turned = _rotary_node(heads, (cos, sin), num_heads, x.shape[-1], layout)
+    return turned if x.ndim == 4 and seq_dim == -2 else turned.reshape(x.shape)
+
+
+def _rotary_node(
+    x: Tensor, turns: tuple[Tensor, Tensor], num_heads: int, head_dim: int, layout: Layout
+) -> Tensor:
+    """One node for ``[B, H, S, D]`` or ``[B, S, H * D]``; angles may be shared by the rows."""
+    cos, sin = ((t.unsqueeze(0) if t.ndim == 2 else t).expand(x.shape[0], -1, -1) for t in turns)
+    return ops.rotary_embedding(x, cos, sin, num_heads=num_heads, head_dim=head_dim, layout=layout)
 
 
 def rotated_projections(
@@ -58,11 +61,9 @@ def rotated_projections(
         if position_ids is None:
             position_ids = block.rope.implied_positions(hidden_states.shape[1])
         for_q, for_k = block.rope.turns(position_ids)
-        layout = block.rope.layout
-        q, k = (
-            rotate(x.unflatten(-1, (heads, -1)), *turns, layout=layout, seq_dim=-3).flatten(-2)
-            for x, turns, heads in ((q, for_q, block.num_heads), (k, for_k, block.num_kv_heads))
-        )
+        shape = (block.head_dim, block.rope.layout)
+        q = _rotary_node(q, for_q, block.num_heads, *shape)
+        k = _rotary_node(k, for_k, block.num_kv_heads, *shape)
     return q, k, v
 
 
