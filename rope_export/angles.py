@@ -23,12 +23,17 @@ FINE_ROWS = 4096
 COARSE_ROWS = 8192
 
 
-def keeping_dtype(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """What ``nn.Module._apply`` is given, so that it moves tensors but never casts them."""
+def keeping_values(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``nn.Module._apply`` is given, so that it moves tensors but never casts or empties them.
+
+    A tensor that leaves ``meta`` has no values to keep: its module rebuilds it.
+    """
 
     def moved(tensor: Tensor) -> Tensor:
         result = fn(tensor)
-        return result if result.dtype == tensor.dtype else tensor.to(result.device)
+        if tensor.is_meta:
+            return result.to(tensor.dtype)
+        return tensor.to(result.device)
 
     return moved
 
@@ -100,7 +105,7 @@ class Angles(nn.Module):
             self.coarse_cos, self.coarse_sin = coarse
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Angles:
-        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call,no-any-return]
+        return super()._apply(keeping_values(fn), recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     @property
     def tabled(self) -> bool:

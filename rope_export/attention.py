@@ -110,7 +110,8 @@ class Attention(nn.Module):
         Args:
             hidden_states: ``[B, S, hidden_size]``.
             position_ids: ``[S]`` or ``[B, S]`` integers for the rotation (``[axes, B, S]`` for a
-                RoPE with several); implied as ``offset … offset + S - 1``. The causal order stays that of the sequence.
+                RoPE with several); implied as ``offset … offset + S - 1``. The causal order stays
+                that of the sequence.
             offset: position of the first token, as an int or a 0-d integer tensor.
 
         Returns:

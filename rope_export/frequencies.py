@@ -14,22 +14,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rope_export.checks import finite_number, positive_integer
 from rope_export.errors import BadInputError
 
 FreqsFor = Literal["lang", "pixel", "constant"]
 FREQS_FOR: tuple[str, ...] = get_args(FreqsFor)
-
-
-def check_theta(theta: float) -> float:
-    """Return ``theta`` as a float.
-
-    Raises:
-        BadInputError: it is not a finite number above zero.
-    """
-    value = float(theta)
-    if not (math.isfinite(value) and value > 0):
-        raise BadInputError(f"theta must be a finite number above 0, got {theta}")
-    return value
 
 
 def default_inv_freq(dim: int, theta: float) -> Tensor:
@@ -90,25 +79,28 @@ def unscaled_frequencies(
         BadInputError: an argument is out of range; the message names it and its value.
     """
     if custom_freqs is not None:
-        if custom_freqs.ndim != 1 or not len(custom_freqs):
-            raise BadInputError(
-                f"custom_freqs must be one axis of frequencies, got {tuple(custom_freqs.shape)}"
-            )
-        chosen = custom_freqs.detach().to("cpu", torch.float64)
-        if not bool(chosen.isfinite().all()):
-            raise BadInputError(f"custom_freqs must be finite, got {chosen.tolist()}")
-        return chosen
+        return _given_frequencies(custom_freqs)
     if freqs_for not in FREQS_FOR:
         raise BadInputError(f"freqs_for must be one of {', '.join(FREQS_FOR)}, got {freqs_for!r}")
     if freqs_for == "lang":
         return default_inv_freq(dim, theta)
     if freqs_for == "pixel":
-        if not (math.isfinite(max_freq) and max_freq > 0):
-            raise BadInputError(f"max_freq must be a finite number above 0, got {max_freq}")
-        return pixel_inv_freq(dim, max_freq)
-    if type(num_freqs) is not int or num_freqs < 1:
-        raise BadInputError(f"num_freqs must be an integer above 0, got {num_freqs!r}")
-    return torch.ones(num_freqs, dtype=torch.float64, device="cpu")
+        return pixel_inv_freq(dim, finite_number("max_freq", max_freq))
+    count = positive_integer("num_freqs", num_freqs)
+    return torch.ones(count, dtype=torch.float64, device="cpu")
+
+
+def _given_frequencies(custom_freqs: Tensor) -> Tensor:
+    if not isinstance(custom_freqs, Tensor):
+        raise BadInputError(f"custom_freqs must be a tensor, got {type(custom_freqs).__name__}")
+    if custom_freqs.ndim != 1 or not len(custom_freqs):
+        raise BadInputError(
+            f"custom_freqs must be one axis of frequencies, got {tuple(custom_freqs.shape)}"
+        )
+    if custom_freqs.is_complex() or not bool(custom_freqs.isfinite().all()):
+        got = custom_freqs.dtype if custom_freqs.is_complex() else custom_freqs.tolist()
+        raise BadInputError(f"custom_freqs must be finite and real, got {got}")
+    return custom_freqs.detach().to("cpu", torch.float64)
 
 
 def xpos_log_decay(dim: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from rope_export.errors import BadInputError
 from rope_export.frequencies import Frequencies
 
 _INTEGERS = (torch.int32, torch.int64)
+_WHOLE: tuple[type, ...] = (Integral, torch.SymInt)  # Python's, NumPy's, a compiler's
 
 
 def check_offset(offset: int | Tensor) -> None:
@@ -23,7 +26,7 @@ def check_offset(offset: int | Tensor) -> None:
                 f"offset must be an integer or a 0-d tensor of int32 or int64, "
                 f"got {offset.dtype} of shape {tuple(offset.shape)}"
             )
-    elif isinstance(offset, float | bool):
+    elif isinstance(offset, bool) or not isinstance(offset, _WHOLE):
         raise BadInputError(f"offset must be an integer or a 0-d integer tensor, got {offset!r}")
 
 

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rope_export.checks import finite_number
 from rope_export.errors import BadInputError
 from rope_export.frequencies import (
     Frequencies,
     Stretch,
     Switch,
-    check_theta,
     default_inv_freq,
     unscaled_frequencies,
 )
@@ -44,16 +44,7 @@ class Parameters:
             if default is None:
                 raise BadInputError(f"scaling of rope_type {self.rope_type!r} needs {name!r}")
             return default
-        limit = "above 0" if at_least is None else f"of at least {at_least:g}"
-        fits = (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and math.isfinite(value)
-            and (value > 0 if at_least is None else value >= at_least)
-        )
-        if not fits:
-            raise BadInputError(f"scaling[{name!r}] must be a finite number {limit}, got {value!r}")
-        return float(value)
+        return finite_number(f"scaling[{name!r}]", value, at_least=at_least)
 
     def optional(self, name: str, *, at_least: float | None = None) -> float | None:
         """A number as `number` has it, or None."""
@@ -377,10 +368,7 @@ def choose(
     Raises:
         BadInputError: an argument is out of range, or two contradict each other.
     """
-    if not 1 <= interpolate_factor < math.inf:
-        raise BadInputError(
-            f"interpolate_factor must be a finite number of at least 1, got {interpolate_factor}"
-        )
+    interpolate_factor = finite_number("interpolate_factor", interpolate_factor, at_least=1.0)
     series = custom_freqs is None and freqs_for == "lang"
     base = _base(dim, theta, theta_rescale_factor, scaling)
     if scaling is None:
@@ -409,14 +397,18 @@ def _base(
     dim: int, theta: float | None, rescale: float, scaling: Mapping[str, Any] | None
 ) -> float:
     """The base of the series, rescaled as rotary-embedding-torch does (bloc97, 2023)."""
-    if not 0 < rescale < math.inf:
-        raise BadInputError(f"theta_rescale_factor must be a finite number above 0, got {rescale}")
+    rescale = finite_number("theta_rescale_factor", rescale)
     if theta is None:
         theta = scaling.get("rope_theta") if isinstance(scaling, Mapping) else None
-        if not isinstance(theta, int | float) or isinstance(theta, bool):
-            theta = _DEFAULT_THETA
+        theta = _DEFAULT_THETA if theta is None else theta
+    base = finite_number("theta", theta)
     if rescale == 1:
-        return check_theta(theta)
+        return base
     if dim < 4:
         raise BadInputError(f"theta_rescale_factor needs a dim of at least 4, got {dim}")
-    return check_theta(theta * rescale ** (dim / (dim - 2)))
+    try:
+        return finite_number("theta", base * rescale ** (dim / (dim - 2)))
+    except OverflowError:
+        raise BadInputError(
+            f"theta_rescale_factor must leave theta finite, got {rescale:g}"
+        ) from None

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from rope_export import lowering, rope_types
-from rope_export.angles import Angles, keeping_dtype
+from rope_export.angles import Angles, keeping_values
+from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
 from rope_export.frequencies import FreqsFor, Frequencies
 from rope_export.positions import check_offset, check_position_ids
 from rope_export.rotation import (
     LAYOUTS,
     Layout,
+    apply_rotary_emb,
     broadcat,
     over_heads,
     repeat_for_pairs,
@@ -72,6 +74,7 @@ class RotaryEmbedding(nn.Module):
     """
 
     freqs: Tensor
+    apply_rotary_emb = staticmethod(apply_rotary_emb)
 
     def __init__(
         self,
@@ -95,12 +98,11 @@ class RotaryEmbedding(nn.Module):
         max_seq_len: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim <= 0 or dim % 2:
-            raise BadInputError(f"dim must be a positive even integer, got {dim!r}")
+        dim = positive_integer("dim", dim, even=True)
         if layout not in LAYOUTS:
             raise BadInputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
-        if max_seq_len is not None and (type(max_seq_len) is not int or max_seq_len < 1):
-            raise BadInputError(f"max_seq_len must be an integer above 0, got {max_seq_len!r}")
+        if max_seq_len is not None:
+            max_seq_len = positive_integer("max_seq_len", max_seq_len)
         chosen = rope_types.choose(
             dim,
             theta,
@@ -126,7 +128,7 @@ class RotaryEmbedding(nn.Module):
         self.use_xpos = use_xpos
         self.interpolate_factor = interpolate_factor
         self.cache_if_possible = cache_if_possible
-        self.cache_max_seq_len = cache_max_seq_len
+        self.cache_max_seq_len = positive_integer("cache_max_seq_len", cache_max_seq_len)
         self.seq_before_head_dim = seq_before_head_dim
         self.default_seq_dim = -3 if seq_before_head_dim else -2
         self.layout: Layout = layout
@@ -185,7 +187,22 @@ class RotaryEmbedding(nn.Module):
     def positions(self) -> int:
         """How many positions are served: ``0 … positions - 1``."""
         served = self.angles.positions
-        return served if self.xpos is None else min(served, self.xpos.positions)
+        return served if self.xpos is None else min(served, self.xpos.positions())
+
+    @property
+    def scale_base(self) -> float:
+        """Positions over which xPos decays once."""
+        return self._xpos("scale_base").scale_base
+
+    @property
+    def scale(self) -> Tensor:
+        """XPos's decay of each pair over ``scale_base`` positions, ``[r / 2]`` float32."""
+        return self._xpos("scale").log_decay.exp().to(torch.float32)
+
+    def _xpos(self, name: str) -> XPos:
+        if self.xpos is None:
+            raise BadInputError(f"{name} needs use_xpos=True, got False")
+        return self.xpos
 
     @property
     def one_table(self) -> bool:
@@ -220,7 +237,7 @@ class RotaryEmbedding(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         was_meta = self.freqs.is_meta
-        super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(keeping_values(fn), recurse)  # type: ignore[no-untyped-call]
         if was_meta:
             self.reset_parameters()
         return self
@@ -233,12 +250,16 @@ class RotaryEmbedding(nn.Module):
             return
         given = state_dict.get(prefix + "freqs")
         differs = given is not None and not _same(given, self._freqs)
+        if self.freqs.dtype != torch.float32:  # assigned
+            self.freqs.data = self.freqs.data.to(torch.float32)
         if differs and not self.learned_freq:
             # Another base, or frequencies that were trained: they are the truth now.
             self._freqs = self.freqs.detach().to("cpu", torch.float64)
             inv_freq = self._freqs / self.interpolate_factor
             self._found = replace(self._found, inv_freq=inv_freq, beyond=None, stretch=None)
             self.theta = None
+        elif given is not None and not self.learned_freq:
+            self.freqs.copy_(self._freqs)  # theirs may be rounded to half precision
         if differs or any(b.is_meta for b in self.angles.buffers()):
             self.angles.rebuild(self._found, self.freqs.device)
 
@@ -296,12 +317,17 @@ class RotaryEmbedding(nn.Module):
             raise BadInputError(
                 f"position_ids [{self.axes}, B, S] must be given: tokens have {self.axes} axes"
             )
+        return self._implied(seq_len, offset, self.positions)
+
+    def _implied(self, seq_len: int, offset: int | Tensor, served: int) -> Tensor:
         check_offset(offset)
         last = seq_len if isinstance(offset, Tensor) else seq_len + offset
-        if last > self.positions or (not isinstance(offset, Tensor) and offset < 0):
+        negative = not isinstance(offset, Tensor) and offset < 0
+        if last > served or negative:
+            hint = "" if negative else "; raise max_seq_len"
+            first, last = int(offset), int(last) - 1
             raise BadInputError(
-                f"positions must lie in 0 … {self.positions - 1}, got {offset} … {last - 1}; "
-                "raise max_seq_len"
+                f"positions must lie in 0 … {served - 1}, got {first} … {last}{hint}"
             )
         return torch.arange(seq_len, device=self.device) + offset
 
@@ -334,14 +360,16 @@ class RotaryEmbedding(nn.Module):
         Raises:
             BadInputError: a shape, dtype or position does not fit.
         """
-        seq_dim, length = self._same_length(q, k, seq_dim)
+        q_axis, k_axis = self._axes_of_same_length(q, k, seq_dim)
+        length = q.shape[q_axis]
         if position_ids is None:
+            self._check_scaled_range(q, length, offset)
             position_ids = self.implied_positions(length, offset)
         else:
             batch = q.shape[0] if q.ndim == 4 else None
             check_position_ids(position_ids, self.found, batch=batch, length=length)
         for_q, for_k = self.turns(position_ids)
-        return self._rotate(q, for_q, seq_dim), self._rotate(k, for_k, seq_dim)
+        return self._rotate(q, for_q, q_axis), self._rotate(k, for_k, k_axis)
 
     def rotate_queries_or_keys(
         self,
@@ -356,7 +384,8 @@ class RotaryEmbedding(nn.Module):
             t: ``[..., S, D]`` with ``D >= dim``.
             seq_dim: the axis of the sequence (default -2, or -3 with ``seq_before_head_dim``).
             offset: position of the first token, as an int or a 0-d integer tensor.
-            scale: multiplies the rotated channels: a number, or ``[S, dim]`` as from `get_scale`.
+            scale: multiplies the rotated channels: a number, ``[S, dim]`` as from `get_scale`, or
+                anything that broadcasts against them.
 
         Returns:
             the rotated tensor, same shape and dtype.
@@ -370,11 +399,11 @@ class RotaryEmbedding(nn.Module):
                 "keys are scaled differently: use rotate or rotate_queries_and_keys"
             )
         seq_dim = self._seq_dim(t, seq_dim, "t")
-        turns = self.cos_sin(self.implied_positions(t.shape[seq_dim], offset))
+        turns = self.cos_sin(self._implied(t.shape[seq_dim], offset, self.angles.positions))
         if scale is None:
             return self._rotate(t, turns, seq_dim)
         turned = self._rotate(t if t.dtype == torch.float64 else t.float(), turns, seq_dim)
-        if isinstance(scale, Tensor) and scale.ndim > 1:
+        if isinstance(scale, Tensor) and scale.ndim == 2:
             scale = over_heads(scale, t.ndim, seq_dim)
         scaled = turned[..., : self.dim] * scale
         return torch.cat((scaled, turned[..., self.dim :]), dim=-1).to(t.dtype)
@@ -396,14 +425,18 @@ class RotaryEmbedding(nn.Module):
         Returns:
             rotated ``q`` and ``k``, same shapes and dtypes.
         """
-        axis, length = self._same_length(q, k, seq_dim)
-        positions = self.implied_positions(length)
+        q_axis, k_axis = self._axes_of_same_length(q, k, seq_dim)
+        length = q.shape[q_axis]
+        served = self.angles.positions
+        if self.xpos is not None:  # the origin is in the middle: it reaches twice as far
+            served = min(served, 2 * self.xpos.reach())
+        positions = self._implied(length, 0, served)
         cos, sin = self.cos_sin(positions)
         for_q = for_k = (cos, sin)
         if self.xpos is not None:
             scale = self.xpos(positions, origin=length // 2)
             for_q, for_k = (cos * scale, sin * scale), (cos / scale, sin / scale)
-        return self._rotate(q, for_q, axis), self._rotate(k, for_k, axis)
+        return self._rotate(q, for_q, q_axis), self._rotate(k, for_k, k_axis)
 
     def rotate_queries_with_cached_keys(
         self, q: Tensor, k: Tensor, seq_dim: int | None = None, offset: int | Tensor = 0
@@ -428,6 +461,7 @@ class RotaryEmbedding(nn.Module):
         q_len, k_len = q.shape[axis], k.shape[k_axis]
         if not torch.compiler.is_compiling() and q_len > k_len:
             raise BadInputError(f"q must be no longer than k, got {q_len} and {k_len} tokens")
+        self._check_scaled_range(k, k_len, 0)
         for_q, _ = self.turns(self.implied_positions(q_len, k_len - q_len + offset))
         _, for_k = self.turns(self.implied_positions(k_len))
         return self._rotate(q, for_q, axis), self._rotate(k, for_k, k_axis)
@@ -462,9 +496,9 @@ class RotaryEmbedding(nn.Module):
             ``[S, dim]`` float32, one value a channel.
         """
         del seq_len, offset
-        if self.xpos is None:
-            raise BadInputError("get_scale needs use_xpos=True, got False")
-        scale = self.xpos(t.double() * self.interpolate_factor, origin=t.shape[0] // 2)
+        scale = self._xpos("get_scale")(
+            t.double() * self.interpolate_factor, origin=t.shape[0] // 2
+        )
         return repeat_for_pairs(scale, layout=self.layout)
 
     def get_axial_freqs(
@@ -482,10 +516,11 @@ class RotaryEmbedding(nn.Module):
             ``[*dims, len(dims) * r]`` float32, in radians.
         """
         if offsets is not None:
-            offsets = torch.as_tensor(offsets, device=self.device)
-            if len(offsets) != len(dims):
+            offsets = torch.as_tensor(offsets, device=self.device).double()
+            if offsets.ndim == 0 or len(offsets) != len(dims):
                 raise BadInputError(
-                    f"offsets must have one entry for each of {len(dims)} axes, got {len(offsets)}"
+                    f"offsets must have one entry for each of {len(dims)} axes, "
+                    f"got {offsets.tolist()}"
                 )
         grids = []
         for axis, size in enumerate(dims):
@@ -531,19 +566,34 @@ class RotaryEmbedding(nn.Module):
 
     def _seq_dim(self, x: Tensor, seq_dim: int | None, name: str) -> int:
         axis = self.default_seq_dim if seq_dim is None else seq_dim
-        axis = axis - x.ndim if axis >= 0 else axis
-        self._check_heads(x, axis, name)
-        return axis
+        from_end = axis - x.ndim if axis >= 0 else axis
+        if seq_dim is not None and not -x.ndim <= from_end <= -2:
+            raise BadInputError(
+                f"seq_dim must be an axis of {name} {tuple(x.shape)} before the last, got {seq_dim}"
+            )
+        self._check_heads(x, from_end, name)
+        return from_end
 
-    def _same_length(self, q: Tensor, k: Tensor, seq_dim: int | None) -> tuple[int, int]:
-        """The axis of the sequence, counted from the end, and its length in both."""
-        axis = self._seq_dim(q, seq_dim, "q")
-        if k.shape[self._seq_dim(k, seq_dim, "k")] != q.shape[axis]:
+    def _axes_of_same_length(self, q: Tensor, k: Tensor, seq_dim: int | None) -> tuple[int, int]:
+        """The axes of the sequence in ``q`` and in ``k``, counted from the end."""
+        axes = self._seq_dim(q, seq_dim, "q"), self._seq_dim(k, seq_dim, "k")
+        if q.shape[axes[0]] != k.shape[axes[1]]:
             raise BadInputError(
                 f"q and k must have the same sequence length, "
                 f"got {tuple(q.shape)} and {tuple(k.shape)}"
             )
-        return axis, q.shape[axis]
+        return axes
+
+    def _check_scaled_range(self, x: Tensor, length: int, offset: int | Tensor) -> None:
+        if self.xpos is None or x.dtype != torch.float16 or isinstance(offset, Tensor):
+            return
+        served = self.xpos.positions(torch.float16)
+        if length + offset > served:
+            raise BadInputError(
+                f"xPos serves positions 0 … {served - 1} in float16, got … {length + offset - 1}: "
+                "beyond, the scales of keys are infinite; give max_seq_len, which puts the origin "
+                "in the middle, or use bfloat16"
+            )
 
     def _check_heads(self, x: Tensor, seq_dim: int, name: str) -> None:
         if not -x.ndim <= seq_dim <= -2 or x.shape[-1] < self.dim:
@@ -558,5 +608,7 @@ def _same(given: Tensor, freqs: Tensor) -> bool:
     kept = given.detach().to("cpu")
     if kept.dtype in (torch.float16, torch.bfloat16):
         limits = torch.finfo(kept.dtype)
-        return torch.allclose(kept.double(), freqs, rtol=limits.eps, atol=limits.tiny * limits.eps)
+        rounding = limits.eps / 2 + 2e-6  # and what float32 formulas differ by
+        atol = limits.tiny * limits.eps
+        return torch.allclose(kept.double(), freqs, rtol=rounding, atol=atol)
     return torch.equal(kept.float(), freqs.float())

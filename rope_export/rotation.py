@@ -110,7 +110,7 @@ def apply_rotary_emb(
 
     Args:
         freqs: angles in radians, one a channel, ``[..., S, r]`` and broadcastable against ``t``;
-            of two axes, or where ``t`` has three, the last ``S`` are used.
+            of two axes, the last ``S`` are used.
         t: what is rotated, ``[..., S, D]`` with ``D >= start_index + r``.
         start_index: the first channel rotated.
         scale: multiplies the rotated channels.
@@ -122,11 +122,17 @@ def apply_rotary_emb(
         a tensor shaped and typed like ``t``.
 
     Raises:
-        BadInputError: ``t`` has too few channels.
+        BadInputError: ``t`` has too few channels, or ``freqs_seq_dim`` is no axis of ``freqs``.
     """
-    if freqs_seq_dim is None and (freqs.ndim == 2 or t.ndim == 3):
+    # Theirs slices the first axis of batched angles too where t has three axes: not repeated here.
+    leads = freqs.ndim == 2 or (t.ndim == 3 and seq_dim % 3 == 0)
+    if freqs_seq_dim is None and leads:
         freqs_seq_dim = 0
     if freqs_seq_dim is not None:
+        if not -freqs.ndim <= freqs_seq_dim < freqs.ndim:
+            raise BadInputError(
+                f"freqs_seq_dim must be an axis of freqs {tuple(freqs.shape)}, got {freqs_seq_dim}"
+            )
         before = (slice(None),) * (freqs_seq_dim % freqs.ndim)
         freqs = freqs[(*before, slice(-t.shape[seq_dim], None))]
     width = freqs.shape[-1]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from rope_export.angles import keeping_dtype
+from rope_export.angles import keeping_values
+from rope_export.checks import finite_number
 from rope_export.errors import BadInputError
 from rope_export.frequencies import xpos_log_decay
 
-_LARGEST_EXPONENT = 87.0  # exp(88.7) is float32's end
+# Of e, so that scaled values of ordinary size stay finite: float32 ends at exp(88.7), float16 at
+# exp(11.1).
+_LARGEST_EXPONENT = {torch.float32: 87.0, torch.float16: 10.4}
 
 
 class XPos(nn.Module):
@@ -40,24 +42,28 @@ class XPos(nn.Module):
         self, dim: int, scale_base: float, max_seq_len: int | None, interpolate_factor: float
     ) -> None:
         super().__init__()
-        if not (math.isfinite(scale_base) and scale_base > 0):
-            raise BadInputError(
-                f"xpos_scale_base must be a finite number above 0, got {scale_base}"
-            )
         self.dim = dim
-        self.scale_base = scale_base
+        self.scale_base = scale_base = finite_number("xpos_scale_base", scale_base)
         self.interpolate_factor = interpolate_factor
         self.origin = 0 if max_seq_len is None else max_seq_len // 2
-        steepest = -float(xpos_log_decay(dim)[0])
-        reach = int(_LARGEST_EXPONENT / steepest * scale_base * interpolate_factor)
-        self.positions = self.origin + reach + 1
-        if max_seq_len is not None and max_seq_len > self.positions:
+        positions = self.positions()
+        if max_seq_len is not None and max_seq_len > positions:
             raise BadInputError(
-                f"max_seq_len must be at most {2 * reach} with xpos_scale_base {scale_base:g}: "
-                f"beyond, the scales of keys exceed float32; got {max_seq_len}"
+                f"max_seq_len must be at most {2 * self.reach()} with xpos_scale_base "
+                f"{scale_base:g}: beyond, the scales of keys exceed float32; got {max_seq_len}"
             )
         self.register_buffer("log_decay", torch.empty(dim // 2, dtype=torch.float64), False)
         self.reset_parameters()
+
+    def reach(self, dtype: torch.dtype = torch.float32) -> int:
+        """How far from the origin keys of ``dtype`` can be scaled, in positions."""
+        largest = _LARGEST_EXPONENT[torch.float16 if dtype == torch.float16 else torch.float32]
+        steepest = -float(xpos_log_decay(self.dim)[0])
+        return int(largest / steepest * self.scale_base * self.interpolate_factor)
+
+    def positions(self, dtype: torch.dtype = torch.float32) -> int:
+        """How many positions are served from 0."""
+        return self.origin + self.reach(dtype) + 1
 
     def reset_parameters(self) -> None:
         """Rebuild the rates on the module's device (a no-op on ``meta``)."""
@@ -65,7 +71,7 @@ class XPos(nn.Module):
             self.log_decay = xpos_log_decay(self.dim).to(self.log_decay.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XPos:
-        return super()._apply(keeping_dtype(fn), recurse)  # type: ignore[no-untyped-call,no-any-return]
+        return super()._apply(keeping_values(fn), recurse)  # type: ignore[no-untyped-call,no-any-return]
 
     def forward(self, positions: Tensor, origin: float | Tensor | None = None) -> Tensor:
         """Scales of positions.

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from rope_export.checks import finite_number
 from rope_export.errors import BadInputError
-from rope_export.frequencies import check_theta, cos_sin_table, default_inv_freq
+from rope_export.frequencies import cos_sin_table, default_inv_freq
 
 SERIES = [(2, 10000.0), (8, 10000.0), (8, 500000.0), (64, 10000.0), (128, 1e6), (6, 2.5), (4, 0.5)]
 
@@ -97,11 +98,11 @@ def test_a_theta_without_frequencies_is_refused(theta):
     with pytest.raises(
         BadInputError, match=rf"^theta must be a finite number above 0, got {theta}$"
     ):
-        check_theta(theta)
+        finite_number("theta", theta)
 
 
 @pytest.mark.parametrize("theta", [10000, 5e-324, 0.5, 1e30])
 def test_any_finite_theta_above_zero_is_taken_as_a_float(theta):
-    checked = check_theta(theta)
+    checked = finite_number("theta", theta)
     assert type(checked) is float
     assert checked == theta

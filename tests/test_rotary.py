@@ -250,6 +250,7 @@ CONVERSIONS = {
     "deepcopy of bfloat16": lambda rope: copy.deepcopy(rope.bfloat16()),
     "pickle": lambda rope: pickle.loads(pickle.dumps(rope)),
     "through meta": lambda rope: rope.to("meta").to_empty(device="cpu"),
+    "to_empty": lambda rope: rope.to_empty(device="cpu"),
     "bfloat16 on meta": lambda rope: rope.to("meta").bfloat16().to_empty(device="cpu"),
     "reset_parameters": lambda rope: rope.reset_parameters() or rope,
 }
@@ -443,6 +444,9 @@ BAD_CALLS = [
     ({"offset": 64}, "positions must lie in 0 … 63, got 64 … 68; raise max_seq_len"),
     ({"offset": -1}, "positions must lie in 0 … 63, got -1 … 3"),
     ({"offset": 1.5}, r"offset must be .*got .*1\.5"),
+    ({"offset": None}, "offset must be .*got None"),
+    ({"offset": "1"}, "offset must be .*got '1'"),
+    ({"offset": True}, "offset must be .*got True"),
     ({"offset": torch.tensor(1.5)}, r"offset must be .*(1\.5|float32)"),
     ({"offset": torch.arange(5)}, r"offset must be .*\(5,\)"),
 ]
