@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rope_export.frequencies import Frequencies, Stretch, cos_sin_table
+from rope_export.frequencies import Frequencies, cos_sin_table
 
 # Without a longest length, positions are split as 4096 * coarse + fine, and the two exact
 # rotations are composed. 8192 coarse rows reach 2^25 positions.
@@ -51,6 +51,7 @@ class Angles(nn.Module):
         found: the frequencies.
         rows: positions served by one table, or None for ``FINE_ROWS * COARSE_ROWS`` by two.
         learned: whether `forward` will be given frequencies; nothing is tabled then.
+        interpolate_factor: what frequencies given to `forward` are divided by.
         device: where the tables go.
     """
 
@@ -60,7 +61,10 @@ class Angles(nn.Module):
     coarse_sin: Tensor | None
     inv_freq: Tensor | None
     exponents: Tensor | None
+    growth: Tensor | None
     axis_of_pair: Tensor | None
+    interpolation: Tensor
+    tau: Tensor
 
     def __init__(
         self,
@@ -68,13 +72,17 @@ class Angles(nn.Module):
         rows: int | None,
         *,
         learned: bool = False,
+        interpolate_factor: float = 1.0,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.rows = rows
         self.learned = learned
-        names = ("cos", "sin", "coarse_cos", "coarse_sin", "inv_freq", "exponents", "axis_of_pair")
-        for name in names:
+        self.interpolate_factor = interpolate_factor
+        self.served = self.positions
+        tables = ("cos", "sin", "coarse_cos", "coarse_sin")
+        others = ("inv_freq", "exponents", "growth", "axis_of_pair", "interpolation", "tau")
+        for name in (*tables, *others):
             self.register_buffer(name, None, persistent=False)
         self.rebuild(found, device or torch.get_default_device())
 
@@ -85,12 +93,20 @@ class Angles(nn.Module):
         # Within a table that never reaches the switch there is nothing to switch to.
         self.switch = found.beyond if found.beyond and found.beyond.length < reach else None
         self.stretch = found.stretch if found.stretch and found.stretch.length < reach else None
+        # Tensors, because torch.onnx writes Python's floats as float32.
+        self.tau, self.interpolation = (
+            torch.tensor(x, dtype=torch.float64, device=device)
+            for x in (math.tau, self.interpolate_factor)
+        )
         if found.axis_of_pair is not None:
             self.axis_of_pair = torch.tensor(found.axis_of_pair, device=device)
         if self.learned:
             return
         self.inv_freq = found.inv_freq.to(device)
         if self.stretch is not None:
+            factor, length = self.stretch.factor, self.stretch.length
+            terms = [float(length), factor / length, factor - 1]
+            self.growth = torch.tensor(terms, dtype=torch.float64, device=device)
             pairs = len(found.inv_freq)
             steps = torch.arange(pairs, dtype=torch.float64, device="cpu")
             self.exponents = (-2 * steps / (2 * pairs - 2)).to(device)
@@ -114,7 +130,7 @@ class Angles(nn.Module):
 
     @property
     def positions(self) -> int:
-        """How many positions are served: ``0 … positions - 1``."""
+        """How many positions there are angles for: ``0 … positions - 1``."""
         return self.rows if self.rows is not None else FINE_ROWS * COARSE_ROWS
 
     def forward(
@@ -131,12 +147,23 @@ class Angles(nn.Module):
             twice ``[..., S, r / 2]`` float32.
 
         Raises:
-            IndexError: a position is beyond the tables (eager on the CPU; CUDA asserts).
+            IndexError: a position is out of range (eager on the CPU; elsewhere tables assert, and
+                where there is none, or in an exported graph, the result is NaN).
         """
+        # A lookup outside the tables stops by itself where it can.
+        covered = self.cos is not None and self.served == self.positions
+        served = None
+        if torch.compiler.is_exporting() or not covered:
+            served = (positions >= 0) & (positions < self.served)
+            if positions.device.type == "cpu" and _known_to_fail(served):
+                raise IndexError("a position is out of range")
+            positions = torch.where(served, positions, torch.zeros_like(positions))
         if self.learned or self.stretch is not None:
             cos, sin = self._computed(positions, learned)
         else:
             cos, sin = self._looked_up(positions)
+        if served is not None:  # a rotation by NaN is NaN in both channels of the pair
+            cos = torch.where(served.unsqueeze(-1), cos, torch.full_like(cos, math.nan))
         if not axes_lead:
             return cos, sin
         assert self.axis_of_pair is not None
@@ -145,10 +172,6 @@ class Angles(nn.Module):
     def _looked_up(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         assert self.cos is not None  # not so only where they are computed
         assert self.sin is not None
-        served = None
-        if torch.compiler.is_exporting():
-            served = (positions >= 0) & (positions < self.positions)
-            positions = torch.where(served, positions, torch.zeros_like(positions))
         if self.coarse_cos is None or self.coarse_sin is None:
             cos, sin = F.embedding(positions, self.cos), F.embedding(positions, self.sin)
         else:
@@ -164,42 +187,46 @@ class Angles(nn.Module):
             longer = positions.max() >= self.switch.length
             (cos, long_cos), (sin, long_sin) = cos.chunk(2, dim=-1), sin.chunk(2, dim=-1)
             cos, sin = torch.where(longer, long_cos, cos), torch.where(longer, long_sin, sin)
-        if served is not None:  # a rotation by NaN is NaN in both channels of the pair
-            cos = torch.where(served.unsqueeze(-1), cos, torch.full_like(cos, math.nan))
         return cos, sin
 
     def _computed(self, positions: Tensor, learned: Tensor | None) -> tuple[Tensor, Tensor]:
-        inv_freq = learned if self.learned else self.inv_freq
-        assert inv_freq is not None
-        inv_freq = inv_freq.to(torch.float64)
-        if self.stretch is not None:
-            assert self.exponents is not None  # learned frequencies are never stretched
-            inv_freq = inv_freq * _slowdown(positions, self.stretch, self.exponents)
-        return cos_sin(positions.unsqueeze(-1) * inv_freq, self.attention_factor)
+        """Angles multiplied out in float64, in a form ONNX has.
+
+        Few runtimes have a float64 cosine, so whole turns are taken off in float64 first.
+        """
+        if learned is not None:
+            inv_freq = learned.to(torch.float64) / self.interpolation
+        else:
+            assert self.inv_freq is not None
+            inv_freq = self.inv_freq * self._slowdown(positions)
+        angles = positions.unsqueeze(-1) * inv_freq
+        reduced = (angles - torch.round(angles / self.tau) * self.tau).to(torch.float32)
+        cos, sin = reduced.cos(), reduced.sin()
+        if self.attention_factor == 1.0:
+            return cos, sin
+        return cos * self.attention_factor, sin * self.attention_factor
+
+    def _slowdown(self, positions: Tensor) -> Tensor:
+        """By how much each frequency is multiplied, ``[r / 2]``: 1 up to the trained length.
+
+        The base grows to ``base * growth ** (dim / (dim - 2))``, so ``base ** (-2i / dim)`` is
+        multiplied by ``growth ** (-2i / (dim - 2))``.
+        """
+        assert self.growth is not None
+        assert self.exponents is not None
+        trained, rate, shift = self.growth.unbind()
+        longest = torch.maximum((positions.max() + 1).to(torch.float64), trained)
+        return torch.exp((longest * rate - shift).log() * self.exponents)
 
 
-def cos_sin(angles: Tensor, attention_factor: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of float64 angles of any size, in float32 and in a form ONNX has.
-
-    Few runtimes have a float64 cosine, so whole turns are taken off in float64 first.
-    """
-    turns = torch.round(angles / math.tau)
-    reduced = (angles - turns * math.tau).to(torch.float32)
-    cos, sin = reduced.cos(), reduced.sin()
-    if attention_factor == 1.0:
-        return cos, sin
-    return cos * attention_factor, sin * attention_factor
-
-
-def _slowdown(positions: Tensor, stretch: Stretch, exponents: Tensor) -> Tensor:
-    """By how much each frequency is multiplied, ``[r / 2]`` float64: 1 up to the trained length.
-
-    The base grows to ``base * growth ** (dim / (dim - 2))``, so ``base ** (-2i / dim)`` is
-    multiplied by ``growth ** (-2i / (dim - 2))``.
-    """
-    length = (positions.max() + 1).to(torch.float64).clamp(min=float(stretch.length))
-    growth = stretch.factor * length / stretch.length - (stretch.factor - 1)
-    return torch.exp(growth.log() * exponents)
+def _known_to_fail(served: Tensor) -> bool:
+    """Whether some position is not served, as far as that can be read here."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        return not bool(served.all())
+    except RuntimeError:  # a fake tensor, or one mapped over
+        return False
 
 
 def _of_their_axis(of_axes: Tensor, axis_of_pair: Tensor) -> Tensor:

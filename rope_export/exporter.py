@@ -277,9 +277,10 @@ def describe_block(block: Attention) -> dict[str, Any]:
         if rope is None
         else {
             "dim": rope.dim,
-            "theta": rope.theta,
             # Loaded or trained frequencies have no base; they are listed instead.
-            "inv_freq": None if rope.theta is not None else rope.inv_freq.tolist(),
+            "theta": None if rope.learned_freq else rope.theta,
+            "inv_freq": rope.inv_freq.tolist() if rope.theta is None or rope.learned_freq else None,
+            "learned_freq": rope.learned_freq,
             "layout": rope.layout,
             "scaling": rope.scaling,
             "attention_factor": rope.attention_factor,

@@ -64,7 +64,8 @@ class Plan:
             raise BadInputError(
                 f"providers must be some of {', '.join(rules.PROVIDERS)}, got {got}"
             )
-        dtypes = {str(p.dtype).removeprefix("torch.") for p in block.parameters()}
+        weights = {n: p for n, p in block.named_parameters() if not n.startswith("rope.")}
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in weights.values()}
         if len(dtypes) != 1 or not dtypes <= set(rules.DTYPES):
             raise BadInputError(
                 f"all weights must share one dtype of {', '.join(rules.DTYPES)}, "

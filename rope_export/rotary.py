@@ -14,10 +14,9 @@ from rope_export.angles import Angles, keeping_values
 from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
 from rope_export.frequencies import FreqsFor, Frequencies
+from rope_export.pairs import LAYOUTS, Layout
 from rope_export.positions import check_offset, check_position_ids
 from rope_export.rotation import (
-    LAYOUTS,
-    Layout,
     apply_rotary_emb,
     broadcat,
     over_heads,
@@ -121,6 +120,8 @@ class RotaryEmbedding(nn.Module):
                 "learned_freq=True needs a rope_type whose frequencies do not depend on the "
                 f"length, got {scaling}"
             )
+        if use_xpos and found.axes > 1:
+            raise BadInputError(f"use_xpos=True needs one axis of positions, got scaling {scaling}")
         self.dim = 2 * len(freqs)
         self.theta = chosen.theta
         self.freqs_for = freqs_for
@@ -142,10 +143,17 @@ class RotaryEmbedding(nn.Module):
         else:
             self.register_buffer("freqs", start)
         device = self.freqs.device
-        self.angles = Angles(found, max_seq_len, learned=learned_freq, device=device)
+        self.angles = Angles(
+            found,
+            max_seq_len,
+            learned=learned_freq,
+            interpolate_factor=interpolate_factor,
+            device=device,
+        )
         self.xpos = (
             XPos(self.dim, xpos_scale_base, max_seq_len, interpolate_factor) if use_xpos else None
         )
+        self.angles.served = self.positions
         self.reset_parameters()
 
     @property
@@ -275,10 +283,11 @@ class RotaryEmbedding(nn.Module):
 
         Raises:
             BadInputError: a position is beyond the tables. On CUDA, and compiled, an assertion of
-                the device stops instead; in an exported graph the result is NaN.
+                the device stops instead, or, where frequencies move and there is no table, the
+                result is NaN; in an exported graph it is NaN always.
         """
         axes_lead = self.axes > 1 and position_ids.ndim > (2 if self._found.one_position else 1)
-        learned = self.freqs.double() / self.interpolate_factor if self.learned_freq else None
+        learned = self.freqs if self.learned_freq else None
         if torch.compiler.is_compiling():
             found: Turns = self.angles(position_ids, learned, axes_lead=axes_lead)
             return found
@@ -367,7 +376,7 @@ class RotaryEmbedding(nn.Module):
             position_ids = self.implied_positions(length, offset)
         else:
             batch = q.shape[0] if q.ndim == 4 else None
-            check_position_ids(position_ids, self.found, batch=batch, length=length)
+            check_position_ids(position_ids, self._found, batch=batch, length=length)
         for_q, for_k = self.turns(position_ids)
         return self._rotate(q, for_q, q_axis), self._rotate(k, for_k, k_axis)
 
@@ -434,7 +443,7 @@ class RotaryEmbedding(nn.Module):
         cos, sin = self.cos_sin(positions)
         for_q = for_k = (cos, sin)
         if self.xpos is not None:
-            scale = self.xpos(positions, origin=length // 2)
+            scale = self.xpos(positions, middle=length // 2)
             for_q, for_k = (cos * scale, sin * scale), (cos / scale, sin / scale)
         return self._rotate(q, for_q, q_axis), self._rotate(k, for_k, k_axis)
 
@@ -496,9 +505,8 @@ class RotaryEmbedding(nn.Module):
             ``[S, dim]`` float32, one value a channel.
         """
         del seq_len, offset
-        scale = self._xpos("get_scale")(
-            t.double() * self.interpolate_factor, origin=t.shape[0] // 2
-        )
+        xpos = self._xpos("get_scale")
+        scale = xpos(t.double() * xpos.interpolation, middle=t.shape[0] // 2)
         return repeat_for_pairs(scale, layout=self.layout)
 
     def get_axial_freqs(
@@ -556,7 +564,7 @@ class RotaryEmbedding(nn.Module):
         if self.angles.inv_freq is None:
             freqs = self.freqs.double()
         else:
-            freqs = self.angles.inv_freq * self.interpolate_factor
+            freqs = self.angles.inv_freq * self.angles.interpolation
         return (t.double().unsqueeze(-1) * freqs).to(torch.float32)
 
     def _rotate(self, x: Tensor, turns: Turns, seq_dim: int) -> Tensor:

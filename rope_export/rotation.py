@@ -1,51 +1,14 @@
-"""Applying a rotation: pure tensor functions, both pairings, any rotated width."""
+"""Applying rotations to heads and sequences: pure tensor functions, any axes, both pairings."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rope_export.errors import BadInputError
-
-Layout = Literal["half", "interleaved"]
-LAYOUTS: tuple[str, ...] = get_args(Layout)
-
-
-def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout) -> Tensor:
-    """Rotate the first ``r`` channels of every head and pass the rest through.
-
-    The arithmetic is float32 for narrower inputs; the result returns in the input's dtype.
-    ``layout="half"`` pairs channel ``i`` with ``i + r/2`` (Llama, GPT-NeoX),
-    ``"interleaved"`` pairs ``2i`` with ``2i + 1`` (RoFormer, GPT-J).
-
-    Args:
-        x: ``[..., D]`` with ``D >= r``.
-        cos: ``[..., r / 2]``, broadcastable against ``x`` without its last axis.
-        sin: as ``cos``.
-        layout: which channels form a pair.
-
-    Returns:
-        a tensor shaped and typed like ``x``.
-    """
-    half = cos.shape[-1]
-    width = 2 * half
-    turning = x[..., :width]
-    if turning.dtype in (torch.float16, torch.bfloat16):
-        turning = turning.float()
-    if layout == "half":
-        first, second = turning.chunk(2, dim=-1)
-        turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    else:
-        first, second = turning.unflatten(-1, (half, 2)).unbind(-1)
-        turned = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1)
-        turned = turned.flatten(-2)
-    turned = turned.to(x.dtype)
-    if width == x.shape[-1]:
-        return turned
-    return torch.cat((turned, x[..., width:]), dim=-1)
+from rope_export.pairs import Layout, join_pairs, rotate_pairs, split_pairs
 
 
 def rotate_sequence(
@@ -79,11 +42,8 @@ def over_heads(per_token: Tensor, ndim: int, seq_dim: int) -> Tensor:
 
 def swap_pairs(x: Tensor, *, layout: Layout) -> Tensor:
     """``(a, b)`` to ``(-b, a)`` in every pair of channels: a quarter turn."""
-    if layout == "half":
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((-second, first), dim=-1)
-    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((-second, first), dim=-1).flatten(-2)
+    first, second = split_pairs(x, x.shape[-1] // 2, layout)
+    return join_pairs(-second, first, layout)
 
 
 def repeat_for_pairs(values: Tensor, *, layout: Layout) -> Tensor:

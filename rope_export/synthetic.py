@@ -10,8 +10,8 @@ import torch
 from rope_export import runtime
 from rope_export.attention import Attention
 from rope_export.errors import BadInputError
+from rope_export.pairs import Layout
 from rope_export.rotary import RotaryEmbedding
-from rope_export.rotation import Layout
 
 _DEFAULT_THETA = 10000.0
 

@@ -37,6 +37,8 @@ class XPos(nn.Module):
     """
 
     log_decay: Tensor
+    rate: Tensor
+    interpolation: Tensor
 
     def __init__(
         self, dim: int, scale_base: float, max_seq_len: int | None, interpolate_factor: float
@@ -45,6 +47,7 @@ class XPos(nn.Module):
         self.dim = dim
         self.scale_base = scale_base = finite_number("xpos_scale_base", scale_base)
         self.interpolate_factor = interpolate_factor
+        self.steepest = -float(xpos_log_decay(dim)[0])
         self.origin = 0 if max_seq_len is None else max_seq_len // 2
         positions = self.positions()
         if max_seq_len is not None and max_seq_len > positions:
@@ -53,38 +56,42 @@ class XPos(nn.Module):
                 f"{scale_base:g}: beyond, the scales of keys exceed float32; got {max_seq_len}"
             )
         self.register_buffer("log_decay", torch.empty(dim // 2, dtype=torch.float64), False)
+        for name in ("rate", "interpolation"):
+            self.register_buffer(name, None, persistent=False)
         self.reset_parameters()
 
     def reach(self, dtype: torch.dtype = torch.float32) -> int:
         """How far from the origin keys of ``dtype`` can be scaled, in positions."""
         largest = _LARGEST_EXPONENT[torch.float16 if dtype == torch.float16 else torch.float32]
-        steepest = -float(xpos_log_decay(self.dim)[0])
-        return int(largest / steepest * self.scale_base * self.interpolate_factor)
+        return int(largest / self.steepest * self.scale_base * self.interpolate_factor)
 
     def positions(self, dtype: torch.dtype = torch.float32) -> int:
         """How many positions are served from 0."""
         return self.origin + self.reach(dtype) + 1
 
     def reset_parameters(self) -> None:
-        """Rebuild the rates on the module's device (a no-op on ``meta``)."""
-        if not self.log_decay.is_meta:
-            self.log_decay = xpos_log_decay(self.dim).to(self.log_decay.device)
+        """Rebuild the rates on the module's device (shapes only on ``meta``)."""
+        device, per_position = self.log_decay.device, self.scale_base * self.interpolate_factor
+        log_decay = xpos_log_decay(self.dim)
+        self.log_decay = log_decay.to(device)
+        # Tensors, because torch.onnx writes Python's floats as float32.
+        self.rate = (log_decay / per_position).to(device)
+        factor = torch.tensor(self.interpolate_factor, dtype=torch.float64, device="cpu")
+        self.interpolation = factor.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XPos:
         return super()._apply(keeping_values(fn), recurse)  # type: ignore[no-untyped-call,no-any-return]
 
-    def forward(self, positions: Tensor, origin: float | Tensor | None = None) -> Tensor:
+    def forward(self, positions: Tensor, *, middle: int | None = None) -> Tensor:
         """Scales of positions.
 
         Args:
             positions: ``[..., S]``, before interpolation.
-            origin: where the scale is 1, after interpolation; the module's own unless given.
+            middle: where the scale is 1, after interpolation; the module's own origin unless given.
 
         Returns:
             ``[..., S, r / 2]`` float32.
         """
-        places = positions.to(torch.float64) / self.interpolate_factor
-        if origin is None:
-            origin = self.origin / self.interpolate_factor
-        powers = (places - origin) / self.scale_base
-        return torch.exp(powers.unsqueeze(-1) * self.log_decay).to(torch.float32)
+        places = positions.to(torch.float64)
+        places = places - (self.origin if middle is None else self.interpolation * middle)
+        return torch.exp(places.unsqueeze(-1) * self.rate).to(torch.float32)

@@ -18,8 +18,8 @@ from transformers.models.gptj import modeling_gptj
 from transformers.models.llama import modeling_llama
 
 from rope_export.errors import BadInputError
+from rope_export.pairs import LAYOUTS, rotate_pairs
 from rope_export.rotary import RotaryEmbedding
-from rope_export.rotation import LAYOUTS, rotate_pairs
 
 LAST_WITHOUT_LENGTH = 4096 * 8192 - 1
 ANY_LENGTH = pytest.mark.parametrize("max_seq_len", [64, None])

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rope_export.lowering import ops, rules
-from rope_export.rotation import Layout, rotate_sequence
+from rope_export.pairs import Layout
+from rope_export.rotation import rotate_sequence
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
@@ -25,8 +26,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout, seq_dim: int 
     """
     if seq_dim not in (-2, -3):  # heads on both sides: the operator has no such form
         return rotate_sequence(x, cos, sin, layout=layout, seq_dim=seq_dim)
-    if seq_dim == -2:  # all leading axes are heads of one batch, unless there are four
-        heads = x if x.ndim == 4 else x.reshape(1, -1, *x.shape[-2:])
+    if seq_dim == -2:  # one or two leading axes are heads of one batch, more are rows of heads
+        heads = x.flatten(0, -4) if x.ndim > 3 else x.reshape(1, -1, *x.shape[-2:])
         num_heads = heads.shape[1]
     else:
         num_heads = x.shape[-2]

@@ -9,7 +9,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from rope_export.lowering import onnx, ops, rules
-from rope_export.rotation import Layout
+from rope_export.pairs import Layout
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rope_export.lowering import onnx, ort, primitive, rules
-from rope_export.rotation import Layout, rotate_sequence
+from rope_export.pairs import Layout
+from rope_export.rotation import rotate_sequence
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rope_export.rotation import LAYOUTS, rotate_pairs
+from rope_export import pairs
+from rope_export.pairs import LAYOUTS, join_pairs, rotate_pairs, split_pairs
 
 # Derandomized: every run tries the same examples, and none is stored on disk.
 laws = settings(derandomize=True, deadline=None, max_examples=60)
@@ -181,3 +182,114 @@ def test_the_layouts_differ_by_a_permutation_of_channels(seed, half, passed, pos
     assert torch.equal(
         rotated(x, angles, "half")[:, order], rotated(x[:, order], angles, "interleaved")
     )
+
+
+# Whoever runs it
+
+ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float64: 1e-13}
+
+
+def angles_of(length, half, dtype):
+    angles = 10 * normal(length, half, seed=1)
+    kept = torch.float64 if dtype == torch.float64 else torch.float32
+    return angles.cos().to(kept), angles.sin().to(kept)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 18], ids=["all", "part"])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("mode", ["eager", "static", "dynamic"])
+def test_values_and_gradients_are_exact_in_every_mode(layout, dtype, head_dim, transposed, mode):
+    shape = (2, 12, 3, head_dim) if transposed else (2, 3, 12, head_dim)
+    x, upstream = (normal(*shape, seed=seed, dtype=dtype) for seed in (2, 3))
+    if transposed:
+        x, upstream = x.transpose(1, 2), upstream.transpose(1, 2)
+    cos, sin = angles_of(12, 8, dtype)
+
+    def turn(x, cos, sin):
+        return rotate_pairs(x, cos, sin, layout=layout)
+
+    if mode != "eager":
+        torch.compiler.reset()
+        turn = torch.compile(turn, fullgraph=True, dynamic=mode == "dynamic")
+    x.requires_grad_()
+    turned = turn(x, cos, sin)
+    (gradient,) = torch.autograd.grad(turned, x, upstream)
+    assert turned.dtype == gradient.dtype == dtype
+    factors = (cos + 1j * sin).numpy()
+    for got, source, by in ((turned, x, factors), (gradient, upstream, factors.conj())):
+        exact = torch.from_numpy(complex_product(source.detach(), by, layout))
+        # Where the two products of a pair cancel, what is left is their own rounding.
+        atol = 1e-13 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(got.detach().double(), exact, rtol=ROUNDING[dtype], atol=atol)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_bfloat16_is_rounded_to_nearest_even_and_keeps_what_is_no_number(layout, mode):
+    values = [float("nan"), float("inf"), -float("inf"), 3.3e38, 1e-40, -0.0, 1.0, 1.00390625]
+    x = torch.tensor(values).bfloat16().repeat(12, 2)
+    cos, sin = torch.ones(12, 8), torch.zeros(12, 8)
+    cos[1:], sin[1:] = angles_of(11, 8, torch.float32)
+    turn = torch.compile(rotate_pairs, fullgraph=True) if mode == "compiled" else rotate_pairs
+    a, b = split_pairs(x.float(), 8, layout)
+    exact = join_pairs(a * cos - b * sin, b * cos + a * sin, layout).bfloat16()
+    actual = turn(x, cos, sin, layout=layout)
+    torch.testing.assert_close(actual, exact, rtol=0, atol=0, equal_nan=True)
+
+
+def test_words_need_no_alignment():
+    flat = normal(2 * 3 * 12 * 16 + 1, dtype=torch.bfloat16)
+    x, (cos, sin) = flat[1:].view(2, 3, 12, 16), angles_of(12, 8, torch.bfloat16)
+    turn = torch.compile(rotate_pairs, fullgraph=True)
+    for heads in (x, x.clone()):
+        actual = turn(heads, cos, sin, layout="interleaved")
+        exact = complex_product(x, (cos + 1j * sin).numpy(), "interleaved")
+        torch.testing.assert_close(
+            actual.double(), torch.from_numpy(exact), rtol=2**-8 + 1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_long_input_is_turned_block_by_block_as_a_whole(layout, monkeypatch):
+    x, (cos, sin) = normal(2, 3, 13, 10, dtype=torch.bfloat16), angles_of(13, 4, torch.bfloat16)
+    exact = complex_product(x, (cos + 1j * sin).numpy(), layout)
+    monkeypatch.setattr(pairs, "_BLOCK", 2 * 3 * 10 * 4)  # four tokens: 13 is no multiple
+    for tables in ((cos, sin), (cos.expand(2, 1, 13, 4), sin.expand(2, 1, 13, 4))):
+        actual = rotate_pairs(x, *tables, layout=layout)
+        np.testing.assert_allclose(actual.double().numpy(), exact, rtol=2**-8 + 1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_function_transforms_see_through(layout):
+    x, (cos, sin) = normal(2, 1, 5, 10), angles_of(5, 4, torch.float64)
+    factors = (cos + 1j * sin).numpy()
+
+    def turn(x):
+        return rotate_pairs(x, cos, sin, layout=layout)
+
+    exact = torch.from_numpy(complex_product(x, factors, layout))
+    for actual in (torch.vmap(turn)(x), torch.func.jvp(turn, (x,), (x,))[1]):
+        torch.testing.assert_close(actual, exact, rtol=0, atol=1e-14)
+    jacobian = torch.func.jacrev(turn)(x)
+    torch.testing.assert_close(jacobian, torch.func.jacfwd(turn)(x), rtol=0, atol=1e-14)
+    torch.testing.assert_close(torch.einsum("bhsdxyzw,xyzw->bhsd", jacobian, x), exact)
+    of_tables = torch.vmap(lambda c, s: rotate_pairs(x, c, s, layout=layout))
+    stacked = of_tables(torch.stack((cos, sin)), torch.stack((sin, -cos)))
+    torch.testing.assert_close(stacked[0], exact, rtol=0, atol=1e-14)
+    assert torch.autograd.gradgradcheck(lambda x: turn(x).sin(), (x.requires_grad_(),))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_angles_can_be_trained(layout):
+    x, (cos, sin) = normal(1, 2, 5, 10), angles_of(5, 4, torch.float64)
+
+    def turned(cos, sin):
+        return rotate_pairs(x, cos, sin, layout=layout)
+
+    assert torch.autograd.gradcheck(turned, (cos.requires_grad_(), sin.requires_grad_()))
+    by_transform = torch.func.grad(lambda c: (turned(c, sin.detach()) ** 3).sum())(cos.detach())
+    (by_autograd,) = torch.autograd.grad((turned(cos, sin) ** 3).sum(), cos)
+    torch.testing.assert_close(by_transform, by_autograd)
+    assert by_autograd.abs().min() > 0
