@@ -65,6 +65,8 @@ class Angles(nn.Module):
     axis_of_pair: Tensor | None
     interpolation: Tensor
     tau: Tensor
+    factor: Tensor
+    nan: Tensor
 
     def __init__(
         self,
@@ -79,24 +81,28 @@ class Angles(nn.Module):
         self.rows = rows
         self.learned = learned
         self.interpolate_factor = interpolate_factor
-        self.served = self.positions
         tables = ("cos", "sin", "coarse_cos", "coarse_sin")
         others = ("inv_freq", "exponents", "growth", "axis_of_pair", "interpolation", "tau")
-        for name in (*tables, *others):
+        for name in (*tables, *others, "factor", "nan"):
             self.register_buffer(name, None, persistent=False)
         self.rebuild(found, device or torch.get_default_device())
 
     def rebuild(self, found: Frequencies, device: torch.device) -> None:
         """Make every buffer anew on ``device``, for these frequencies."""
         reach = self.rows if self.rows is not None else math.inf
-        self.attention_factor = found.attention_factor
+        self.scaled = found.attention_factor != 1.0
         # Within a table that never reaches the switch there is nothing to switch to.
         self.switch = found.beyond if found.beyond and found.beyond.length < reach else None
         self.stretch = found.stretch if found.stretch and found.stretch.length < reach else None
-        # Tensors, because torch.onnx writes Python's floats as float32.
+        # Tensors, because torch.onnx writes Python's floats as float32; of one axis, because
+        # compilers take float64 of none for Python's floats, and compile twice.
         self.tau, self.interpolation = (
-            torch.tensor(x, dtype=torch.float64, device=device)
+            torch.tensor([x], dtype=torch.float64, device=device)
             for x in (math.tau, self.interpolate_factor)
+        )
+        self.factor, self.nan = (
+            torch.tensor(x, dtype=torch.float32, device=device)
+            for x in (found.attention_factor, math.nan)
         )
         if found.axis_of_pair is not None:
             self.axis_of_pair = torch.tensor(found.axis_of_pair, device=device)
@@ -134,7 +140,12 @@ class Angles(nn.Module):
         return self.rows if self.rows is not None else FINE_ROWS * COARSE_ROWS
 
     def forward(
-        self, positions: Tensor, learned: Tensor | None = None, *, axes_lead: bool = False
+        self,
+        positions: Tensor,
+        learned: Tensor | None = None,
+        *,
+        axes_lead: bool = False,
+        limit: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines of positions.
 
@@ -142,6 +153,7 @@ class Angles(nn.Module):
             positions: integers ``[..., S]``, or ``[A, ..., S]`` with ``axes_lead``.
             learned: ``[r / 2]`` frequencies, for a module made with ``learned``.
             axes_lead: whether every token has one position for each axis.
+            limit: positions served, if not all there are angles for.
 
         Returns:
             twice ``[..., S, r / 2]`` float32.
@@ -151,10 +163,10 @@ class Angles(nn.Module):
                 where there is none, or in an exported graph, the result is NaN).
         """
         # A lookup outside the tables stops by itself where it can.
-        covered = self.cos is not None and self.served == self.positions
+        covered = self.cos is not None and limit is None
         served = None
         if torch.compiler.is_exporting() or not covered:
-            served = (positions >= 0) & (positions < self.served)
+            served = (positions >= 0) & (positions < (limit or self.positions))
             if positions.device.type == "cpu" and _known_to_fail(served):
                 raise IndexError("a position is out of range")
             positions = torch.where(served, positions, torch.zeros_like(positions))
@@ -163,7 +175,7 @@ class Angles(nn.Module):
         else:
             cos, sin = self._looked_up(positions)
         if served is not None:  # a rotation by NaN is NaN in both channels of the pair
-            cos = torch.where(served.unsqueeze(-1), cos, torch.full_like(cos, math.nan))
+            cos = torch.where(served.unsqueeze(-1), cos, self.nan)
         if not axes_lead:
             return cos, sin
         assert self.axis_of_pair is not None
@@ -202,9 +214,7 @@ class Angles(nn.Module):
         angles = positions.unsqueeze(-1) * inv_freq
         reduced = (angles - torch.round(angles / self.tau) * self.tau).to(torch.float32)
         cos, sin = reduced.cos(), reduced.sin()
-        if self.attention_factor == 1.0:
-            return cos, sin
-        return cos * self.attention_factor, sin * self.attention_factor
+        return (cos * self.factor, sin * self.factor) if self.scaled else (cos, sin)
 
     def _slowdown(self, positions: Tensor) -> Tensor:
         """By how much each frequency is multiplied, ``[r / 2]``: 1 up to the trained length.

@@ -153,7 +153,6 @@ class RotaryEmbedding(nn.Module):
         self.xpos = (
             XPos(self.dim, xpos_scale_base, max_seq_len, interpolate_factor) if use_xpos else None
         )
-        self.angles.served = self.positions
         self.reset_parameters()
 
     @property
@@ -286,19 +285,19 @@ class RotaryEmbedding(nn.Module):
                 the device stops instead, or, where frequencies move and there is no table, the
                 result is NaN; in an exported graph it is NaN always.
         """
+        return self._cos_sin(position_ids, None)
+
+    def _cos_sin(self, position_ids: Tensor, limit: int | None) -> Turns:
         axes_lead = self.axes > 1 and position_ids.ndim > (2 if self._found.one_position else 1)
         learned = self.freqs if self.learned_freq else None
-        if torch.compiler.is_compiling():
-            found: Turns = self.angles(position_ids, learned, axes_lead=axes_lead)
-            return found
         try:
-            found = self.angles(position_ids, learned, axes_lead=axes_lead)
+            cos, sin = self.angles(position_ids, learned, axes_lead=axes_lead, limit=limit)
         except IndexError as error:
             raise BadInputError(
-                f"position_ids must lie in 0 … {self.positions - 1}, "
+                f"position_ids must lie in 0 … {(limit or self.angles.positions) - 1}, "
                 f"got {int(position_ids.min())} … {int(position_ids.max())}; raise max_seq_len"
             ) from error
-        return found
+        return cos, sin
 
     def turns(self, position_ids: Tensor) -> tuple[Turns, Turns]:
         """By what queries and by what keys are multiplied: `cos_sin`, times xPos's scale.
@@ -309,9 +308,11 @@ class RotaryEmbedding(nn.Module):
         Returns:
             cosines and sines for queries, and for keys; the same tensors without xPos.
         """
-        cos, sin = self.cos_sin(position_ids)
         if self.xpos is None:
+            cos, sin = self.cos_sin(position_ids)
             return (cos, sin), (cos, sin)
+        narrower = self.positions < self.angles.positions
+        cos, sin = self._cos_sin(position_ids, self.positions if narrower else None)
         scale = self.xpos(position_ids)
         return (cos * scale, sin * scale), (cos / scale, sin / scale)
 

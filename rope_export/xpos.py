@@ -76,7 +76,7 @@ class XPos(nn.Module):
         self.log_decay = log_decay.to(device)
         # Tensors, because torch.onnx writes Python's floats as float32.
         self.rate = (log_decay / per_position).to(device)
-        factor = torch.tensor(self.interpolate_factor, dtype=torch.float64, device="cpu")
+        factor = torch.tensor([self.interpolate_factor], dtype=torch.float64, device="cpu")
         self.interpolation = factor.to(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XPos:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core, so one thread each
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import mutants
 import pytest
