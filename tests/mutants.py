@@ -171,7 +171,7 @@ def _unrotate_arithmetic(model: onnx.ModelProto, which: int) -> None:
     joins = [n for n in model.graph.node if n.op_type == "Concat" and _attribute(n, "axis") == -1]
     join = joins[which]
     source = producers[join.input[0]]  # half times cosine minus half times sine
-    while source.op_type != "Split":
+    while source.op_type != "Slice":
         source = producers[source.input[0]]
     join.op_type = "Identity"
     del join.input[:], join.attribute[:]
