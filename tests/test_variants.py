@@ -20,6 +20,7 @@ from transformers.models.qwen3_vl import modeling_qwen3_vl
 
 from rope_export import Attention, BadInputError, RotaryEmbedding, export, replay, validate
 from rope_export.lowering import lowering_to, rules
+from rope_export.lowering import onnx as onnx_target
 from rope_export.lowering.target import Target
 
 pytestmark = [
@@ -751,8 +752,11 @@ def test_heads_of_any_rank_are_rotated_by_one_operator():
     axes = [{axis: sizes[shape[axis]] for axis in dynamic_axes(shape)} for shape in shapes]
     program = to_onnx(module, tensors, (tuple(axes),), "onnx")
     rotations = producers(program)
-    assert {node.op_type for node in rotations} == {"RotaryEmbedding"}
-    assert len({id(node) for node in rotations}) == count(program, "RotaryEmbedding") == len(RANKS)
+    # Where torch cannot merge dynamic axes, five are turned by arithmetic.
+    by_node = [len(shape) <= 4 or onnx_target._MERGES_AXES for shape in shapes]
+    assert [node.op_type == "RotaryEmbedding" for node in rotations] == by_node
+    assert len({id(node) for node in rotations}) == len(RANKS)
+    assert count(program, "RotaryEmbedding") == sum(by_node)
     session = session_of(program)
     names = [node.name for node in session.get_inputs()]
     for batch, length in ((1, 1), (5, LONGEST), (3, 17)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from rope_export.lowering import ops, rules
@@ -12,6 +13,9 @@ from rope_export.rotation import rotate_sequence
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
+
+# torch 2.11 fixes dynamic axes when it merges several of them; 2.13 does not.
+_MERGES_AXES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout, seq_dim: int = -2) -> Tensor:
@@ -24,7 +28,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout, seq_dim: int 
         layout: which channels form a pair.
         seq_dim: the axis of the sequence, counted from the end.
     """
-    if seq_dim not in (-2, -3):  # heads on both sides: the operator has no such form
+    if seq_dim not in (-2, -3) or (x.ndim > 4 and not _MERGES_AXES):
+        # Heads on both sides of the sequence, or more axes than the operator has.
         return rotate_sequence(x, cos, sin, layout=layout, seq_dim=seq_dim)
     if seq_dim == -2:  # one or two leading axes are heads of one batch, more are rows of heads
         heads = x.flatten(0, -4) if x.ndim > 3 else x.reshape(1, -1, *x.shape[-2:])
