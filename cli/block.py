@@ -30,6 +30,7 @@ PARAMETERS = {
     "provider": "--provider",
     "batch": "--batch",
     "static=True": "--static",
+    "position_ids": "--position-ids",
 }
 # Sizes no block has; beyond them a typing error is more likely than a model.
 _LONGEST, _WIDEST, _MOST_HEADS, _WIDEST_HEAD, _MOST_ROWS = 2**24, 2**20, 2**14, 2**14, 2**20

@@ -91,7 +91,7 @@ class Plan:
         if not position_ids and block.rope is not None and not block.rope.found.one_position:
             raise BadInputError(
                 f"position_ids must be an input: tokens have {block.rope.axes} axes with scaling "
-                f"{block.rope.scaling}; got position_ids=False"
+                f"{block.rope.scaling}"
             )
         plan = cls(target, chosen, dtypes.pop(), longest, position_ids, static, batch, seed)
         plan.choose(block)

@@ -10,7 +10,7 @@ from torch import Tensor
 from rope_export.errors import BadInputError
 from rope_export.frequencies import Frequencies
 
-_INTEGERS = (torch.int32, torch.int64)
+INTEGERS = (torch.int32, torch.int64)
 _WHOLE: tuple[type, ...] = (Integral, torch.SymInt)  # Python's, NumPy's, a compiler's
 
 
@@ -21,7 +21,7 @@ def check_offset(offset: int | Tensor) -> None:
         BadInputError: it is neither an integer nor a 0-d tensor of one.
     """
     if isinstance(offset, Tensor):
-        if offset.ndim or offset.dtype not in _INTEGERS:
+        if offset.ndim or offset.dtype not in INTEGERS:
             raise BadInputError(
                 f"offset must be an integer or a 0-d tensor of int32 or int64, "
                 f"got {offset.dtype} of shape {tuple(offset.shape)}"
@@ -45,7 +45,7 @@ def check_position_ids(
     Raises:
         BadInputError: they are not int32 or int64, or their shape does not fit.
     """
-    if position_ids.dtype not in _INTEGERS:
+    if position_ids.dtype not in INTEGERS:
         raise BadInputError(f"position_ids must be int32 or int64, got {position_ids.dtype}")
     axes, got = found.axes, tuple(position_ids.shape)
     leading = 0

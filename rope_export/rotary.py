@@ -150,10 +150,12 @@ class RotaryEmbedding(nn.Module):
             interpolate_factor=interpolate_factor,
             device=device,
         )
-        self.xpos = (
-            XPos(self.dim, xpos_scale_base, max_seq_len, interpolate_factor) if use_xpos else None
-        )
-        self.reset_parameters()
+        self.xpos = None
+        if use_xpos:
+            self.xpos = XPos(
+                self.dim, xpos_scale_base, max_seq_len, interpolate_factor, device=device
+            )
+        self._fill_freqs()
 
     @property
     def device(self) -> torch.device:
@@ -203,7 +205,7 @@ class RotaryEmbedding(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """XPos's decay of each pair over ``scale_base`` positions, ``[r / 2]`` float32."""
+        """Decay of each pair under xPos over ``scale_base`` positions, ``[r / 2]`` float32."""
         return self._xpos("scale").log_decay.exp().to(torch.float32)
 
     def _xpos(self, name: str) -> XPos:
@@ -235,12 +237,18 @@ class RotaryEmbedding(nn.Module):
 
     def reset_parameters(self) -> None:
         """Rebuild ``freqs`` and the tables on the module's device (shapes only on ``meta``)."""
+        self._fill_freqs()
+        self._rebuild_tables()
+
+    def _fill_freqs(self) -> None:
         if not self.freqs.is_meta:
             with torch.no_grad():
                 self.freqs.copy_(self._freqs)
+
+    def _rebuild_tables(self) -> None:
         self.angles.rebuild(self._found, self.freqs.device)
         if self.xpos is not None:
-            self.xpos.reset_parameters()
+            self.xpos.rebuild(self.freqs.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RotaryEmbedding:
         was_meta = self.freqs.is_meta
@@ -267,8 +275,8 @@ class RotaryEmbedding(nn.Module):
             self.theta = None
         elif given is not None and not self.learned_freq:
             self.freqs.copy_(self._freqs)  # theirs may be rounded to half precision
-        if differs or any(b.is_meta for b in self.angles.buffers()):
-            self.angles.rebuild(self._found, self.freqs.device)
+        if differs or self.angles.tau.is_meta:
+            self._rebuild_tables()
 
     def cos_sin(self, position_ids: Tensor) -> Turns:
         """Cosines and sines of the given positions, without xPos's scale.
@@ -313,8 +321,7 @@ class RotaryEmbedding(nn.Module):
             return (cos, sin), (cos, sin)
         narrower = self.positions < self.angles.positions
         cos, sin = self._cos_sin(position_ids, self.positions if narrower else None)
-        scale = self.xpos(position_ids)
-        return (cos * scale, sin * scale), (cos / scale, sin / scale)
+        return _scaled(cos, sin, self.xpos(position_ids))
 
     def implied_positions(self, seq_len: int, offset: int | Tensor = 0) -> Tensor:
         """Positions ``offset … offset + seq_len - 1`` as int64 ``[seq_len]``.
@@ -444,8 +451,7 @@ class RotaryEmbedding(nn.Module):
         cos, sin = self.cos_sin(positions)
         for_q = for_k = (cos, sin)
         if self.xpos is not None:
-            scale = self.xpos(positions, middle=length // 2)
-            for_q, for_k = (cos * scale, sin * scale), (cos / scale, sin / scale)
+            for_q, for_k = _scaled(cos, sin, self.xpos(positions, middle=length // 2))
         return self._rotate(q, for_q, q_axis), self._rotate(k, for_k, k_axis)
 
     def rotate_queries_with_cached_keys(
@@ -610,6 +616,11 @@ class RotaryEmbedding(nn.Module):
             raise BadInputError(
                 f"{name} must be {shape} with D >= {self.dim}, got {tuple(x.shape)}"
             )
+
+
+def _scaled(cos: Tensor, sin: Tensor, scale: Tensor) -> tuple[Turns, Turns]:
+    """What turns queries, which grow with ``scale``, and keys, which shrink with it."""
+    return (cos * scale, sin * scale), (cos / scale, sin / scale)
 
 
 def _same(given: Tensor, freqs: Tensor) -> bool:

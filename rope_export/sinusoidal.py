@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rope_export import frequencies
+from rope_export.angles import keeping_values
 from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
-from rope_export.positions import check_offset
-
-_INTEGERS = (torch.int32, torch.int64)
+from rope_export.positions import INTEGERS, check_offset
 
 
 class SinusoidalPositionalEncoding(nn.Module):
@@ -72,11 +71,10 @@ class SinusoidalPositionalEncoding(nn.Module):
     def _apply(
         self, fn: Callable[[Tensor], Tensor], recurse: bool = True
     ) -> SinusoidalPositionalEncoding:
-        before = self.encoding
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # A cast, a move or `to_empty`: the device is taken over, the values stay.
-        source = self._rows(self.max_len) if before.is_meta else before
-        self.encoding = source.to(self.encoding.device)
+        was_meta = self.encoding.is_meta
+        super()._apply(keeping_values(fn), recurse)  # type: ignore[no-untyped-call]
+        if was_meta:
+            self.reset_parameters()
         return self
 
     def _load_from_state_dict(
@@ -190,7 +188,7 @@ class TokenEmbedding(nn.Module):
         Raises:
             BadInputError: ``tokens`` are neither int32 nor int64.
         """
-        if tokens.dtype not in _INTEGERS:
+        if tokens.dtype not in INTEGERS:
             raise BadInputError(f"tokens must be int32 or int64, got {tokens.dtype}")
         rows: Tensor = self.embedding(tokens)
         wide = rows.to(torch.promote_types(rows.dtype, torch.float32))

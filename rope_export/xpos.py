@@ -31,6 +31,7 @@ class XPos(nn.Module):
         scale_base: positions over which each pair decays once.
         max_seq_len: positions served, or None; the origin is in their middle, or at 0.
         interpolate_factor: positions are divided by it first.
+        device: where the rates go.
 
     Raises:
         BadInputError: an argument is out of range, or ``max_seq_len`` beyond what float32 scales.
@@ -41,7 +42,13 @@ class XPos(nn.Module):
     interpolation: Tensor
 
     def __init__(
-        self, dim: int, scale_base: float, max_seq_len: int | None, interpolate_factor: float
+        self,
+        dim: int,
+        scale_base: float,
+        max_seq_len: int | None,
+        interpolate_factor: float,
+        *,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.dim = dim
@@ -55,10 +62,9 @@ class XPos(nn.Module):
                 f"max_seq_len must be at most {2 * self.reach()} with xpos_scale_base "
                 f"{scale_base:g}: beyond, the scales of keys exceed float32; got {max_seq_len}"
             )
-        self.register_buffer("log_decay", torch.empty(dim // 2, dtype=torch.float64), False)
-        for name in ("rate", "interpolation"):
+        for name in ("log_decay", "rate", "interpolation"):
             self.register_buffer(name, None, persistent=False)
-        self.reset_parameters()
+        self.rebuild(device or torch.get_default_device())
 
     def reach(self, dtype: torch.dtype = torch.float32) -> int:
         """How far from the origin keys of ``dtype`` can be scaled, in positions."""
@@ -69,9 +75,9 @@ class XPos(nn.Module):
         """How many positions are served from 0."""
         return self.origin + self.reach(dtype) + 1
 
-    def reset_parameters(self) -> None:
-        """Rebuild the rates on the module's device (shapes only on ``meta``)."""
-        device, per_position = self.log_decay.device, self.scale_base * self.interpolate_factor
+    def rebuild(self, device: torch.device) -> None:
+        """Make every buffer anew on ``device``."""
+        per_position = self.scale_base * self.interpolate_factor
         log_decay = xpos_log_decay(self.dim)
         self.log_decay = log_decay.to(device)
         # Tensors, because torch.onnx writes Python's floats as float32.

@@ -1310,3 +1310,14 @@ REFUSED_CALLS = {
 def test_a_call_that_does_not_fit_is_refused(call, message):
     with pytest.raises(BadInputError, match=message):
         call(RotaryEmbedding(8), normal(2, 5, 8))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_xpos": True}, {"learned_freq": True}])
+def test_a_module_made_on_meta_and_loaded_by_assignment_rotates(arguments):
+    usual = RotaryEmbedding(8, **arguments)
+    with torch.device("meta"):
+        rope = RotaryEmbedding(8, **arguments)
+    rope.load_state_dict(usual.state_dict(), assign=True)
+    q = torch.randn(1, 2, 5, 8, generator=torch.Generator().manual_seed(0))
+    for got, expected in zip(rope.rotate(q, q), usual.rotate(q, q), strict=True):
+        assert torch.equal(got, expected)
