@@ -31,6 +31,15 @@ PARAMETERS = {
     "batch": "--batch",
     "static=True": "--static",
     "position_ids": "--position-ids",
+    "value_head_dim": "--value-head-dim",
+    "window": "--window",
+    "softcap": "--softcap",
+    "qk_norm_eps": "--qk-norm-eps",
+    "scale": "--scale",
+    "cache": "--cache",
+    "attention_mask": "--attention-mask",
+    "padding": "--padding",
+    "causal=False": "--no-causal",
 }
 # Sizes no block has; beyond them a typing error is more likely than a model.
 _LONGEST, _WIDEST, _MOST_HEADS, _WIDEST_HEAD, _MOST_ROWS = 2**24, 2**20, 2**14, 2**14, 2**20
@@ -42,6 +51,7 @@ Examples:
   rope-export block --seq 4096
   rope-export block --hidden 4096 --heads 32 --kv-heads 8 --theta 500000 --dtype float16
   rope-export block --seq 131072 --theta 500000 --scaling @rope_parameters.json
+  rope-export block --cache --window 512 --kv-heads 4 --seq 8192
   rope-export block --seq 8192 --target onnx --layout interleaved --out exported/standard"""
 )
 @click.option(
@@ -100,8 +110,55 @@ Examples:
     show_default=True,
     help="Which channels are rotated together: half as in Llama, interleaved as in GPT-J.",
 )
+@click.option(
+    "--value-head-dim",
+    type=click.IntRange(1, _WIDEST_HEAD),
+    default=None,
+    help="Width of one value head.  [default: --head-dim]",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(1, _LONGEST),
+    default=None,
+    help="Sliding window: a token sees the last N, itself included; with --no-causal those up to N "
+    "away.  [default: all]",
+)
+@click.option("--softcap", type=float, default=None, help="Bound scores by F * tanh(s / F).")
+@click.option("--sinks", is_flag=True, help="A learned sink for each head (gpt-oss).")
+@click.option(
+    "--qk-norm", is_flag=True, help="RMS norm of query and key heads before the rotation (Qwen3)."
+)
+@click.option(
+    "--qk-norm-eps",
+    type=float,
+    default=1e-6,
+    show_default=True,
+    help="Added to the mean square by --qk-norm.",
+)
 @click.option("--qkv-bias", is_flag=True, help="Biases on queries, keys and values.")
+@click.option("--out-bias", is_flag=True, help="Bias on the output projection.")
+@click.option(
+    "--scale", type=float, default=None, help="Factor on the scores.  [default: head dim ** -0.5]"
+)
 @click.option("--no-causal", is_flag=True, help="Let every token see every other.")
+@click.option(
+    "--cache",
+    is_flag=True,
+    help="Keys and values of earlier tokens as inputs and outputs, and an attention mask: one "
+    "graph for prefill, chunks and decoding.",
+)
+@click.option(
+    "--attention-mask",
+    is_flag=True,
+    help="Take a mask [batch, sequence], 1 for a token and 0 for padding.",
+)
+@click.option(
+    "--padding",
+    type=click.Choice(["right", "left"]),
+    default="right",
+    show_default=True,
+    help="Side on which prompts are padded.",
+)
 @click.option(
     "--position-ids",
     is_flag=True,
@@ -160,8 +217,19 @@ def block(
     scaling: dict[str, Any] | None,
     rotary_dim: int | None,
     layout: str,
+    value_head_dim: int | None,
+    window: int | None,
+    softcap: float | None,
+    sinks: bool,
+    qk_norm: bool,
+    qk_norm_eps: float,
     qkv_bias: bool,
+    out_bias: bool,
+    scale: float | None,
     no_causal: bool,
+    cache: bool,
+    attention_mask: bool,
+    padding: str,
     position_ids: bool,
     target: str,
     dtype: str,
@@ -202,9 +270,25 @@ def block(
         "rotary_dim": rotary_dim,
         "layout": layout,
         "max_seq_len": seq,
+        "value_head_dim": value_head_dim,
         "causal": not no_causal,
+        "window": window,
+        "softcap": softcap,
+        "sinks": sinks,
+        "qk_norm": qk_norm,
+        "qk_norm_eps": qk_norm_eps,
         "qkv_bias": qkv_bias,
+        "out_bias": out_bias,
+        "scale": scale,
         "dtype": dtype,
+    }
+    interface: dict[str, Any] = {
+        "position_ids": position_ids,
+        "cache": cache,
+        "attention_mask": attention_mask,
+        "padding": padding,
+        "static": static,
+        "batch": batch or 1,
     }
     attention = random_block(seed=seed, **shape)
     result = export(
@@ -212,9 +296,7 @@ def block(
         out,
         target=target,
         providers=providers or ("cpu",),
-        position_ids=position_ids,
-        static=static,
-        batch=batch or 1,
+        **interface,
         seed=seed,
         validate=not no_validate,
         validate_on=providers,
@@ -222,9 +304,7 @@ def block(
             **shape,
             "target": target,
             "providers": list(providers),
-            "position_ids": position_ids,
-            "static": static,
-            "batch": batch or 1,
+            **interface,
             "seed": seed,
             "validate": not no_validate,
         },

@@ -74,6 +74,7 @@ def print_report(report: Report, path: Path) -> None:
         ("rotation", graph["rotation"]),
     ]
     rows += [("passed over", reason) for reason in graph["passed_over"]]
+    rows += [("at run time", branch) for branch in graph["branches"]]
     for label, text in rows:
         click.echo(f"{label:<12} {text}")
     if report.validated:
@@ -94,7 +95,7 @@ def _print_providers(report: Report) -> None:
         if worst is None or status.status != "ok":
             click.echo(f"{name:<12} {status.status}: {status.reason}")
             continue
-        shape = f"{worst.name} [{worst.batch}, {worst.sequence}]"
+        shape = f"{worst.name} {worst.shape}"
         placed = ", ".join(f"{count} on {ep}" for ep, count in status.nodes.items())
         click.echo(
             f"{name:<12} {shape:<28} {worst.errors.rel:>9.1e} {worst.eager.rel:>9.1e} "
@@ -106,9 +107,8 @@ def _print_providers(report: Report) -> None:
                 f"error {case.errors.rel:.1e} (tolerance {case.tolerance.rel:.1e}), worst row "
                 f"{case.errors.row:.1e} (tolerance {case.tolerance.row:.1e})"
             )
-            click.echo(
-                f"FAILED       {case.provider}: {case.name} [{case.batch}, {case.sequence}]: {why}"
-            )
+            tensor = "" if case.tensor == "output" else f" ({case.tensor})"
+            click.echo(f"FAILED       {case.provider}: {case.name} {case.shape}{tensor}: {why}")
 
 
 def _verdict(report: Report) -> str:

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rope_export.comparison import Errors
+from rope_export.comparison import Bound, Errors
 from rope_export.errors import BadInputError
-from rope_export.runtime import ENDPOINTS
+from rope_export.runtime.providers import ENDPOINTS
 
 Array = npt.NDArray[Any]
 
-FORMAT = 1
+FORMAT = 2
 MODEL, WEIGHTS, CONFIG = "model.onnx", "model.onnx.data", "config.json"
 REPORT, REPORT_TEXT = "report.json", "report.md"
 VECTORS = "test_data_set_"
@@ -164,8 +164,9 @@ class Vector:
         batch: rows.
         sequence: new tokens.
         past: cached tokens before them.
-        eager: PyTorch's own errors on it at export.
-        tolerance: what a provider is held to.
+        bounds: for each graph output, PyTorch's own errors at export and what is tolerated.
+        steps: when not empty, the vector is one full pass that is run in several calls: how many
+            tokens each row is given in each.
     """
 
     name: str
@@ -173,8 +174,8 @@ class Vector:
     batch: int
     sequence: int
     past: int
-    eager: Errors
-    tolerance: Errors
+    bounds: dict[str, Bound]
+    steps: tuple[tuple[int, ...], ...] = ()
 
 
 def write_vector(
@@ -272,6 +273,12 @@ class Artifact:
         """The ONNX file."""
         return self.path / MODEL
 
+    @property
+    def cache(self) -> dict[str, Any] | None:
+        """Fields of `runtime.CacheLayout`, or None when the graph has no cache."""
+        cache: dict[str, Any] | None = self.config["graph"]["cache"]
+        return cache
+
     @classmethod
     def read(cls, path: Path, *, verify: bool) -> Artifact:
         """Read the artifact at ``path``.
@@ -320,6 +327,7 @@ _GRAPH_FIELDS: dict[str, type] = {
     "attention": str,
     "rotation": str,
     "passed_over": list,
+    "branches": list,
     "ops": dict,
     "sha256": str,
 }
@@ -341,7 +349,9 @@ def _checked(config: dict[str, Any]) -> tuple[dict[str, str], tuple[Vector, ...]
             raise ValueError(f"unknown provider {provider!r}")
     if not graph["providers"]:
         raise ValueError("no providers")
-    texts = [*_typed(config, "notes", list), *graph["passed_over"]]
+    if graph["cache"] is not None:
+        _check_cache(graph["cache"])
+    texts = [*_typed(config, "notes", list), *graph["passed_over"], *graph["branches"]]
     texts += [reason for reason in graph["runs_on"].values() if reason is not None]
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("notes and reasons must be texts")
@@ -361,19 +371,56 @@ def _checked(config: dict[str, Any]) -> tuple[dict[str, str], tuple[Vector, ...]
     return files, vectors
 
 
+_CACHE_FIELDS: dict[str, type] = {
+    "num_kv_heads": int,
+    "head_dim": int,
+    "value_head_dim": int,
+    "capacity": int,
+    "position_axes": int,
+    "packs_rows": bool,
+    "by_rows": bool,
+    "padding": str,
+}
+
+
+def _check_cache(cache: Any) -> None:
+    if not isinstance(cache, dict) or set(cache) != set(_CACHE_FIELDS):
+        raise ValueError("'cache' must describe how the graph keeps its cache")
+    for name, kind in _CACHE_FIELDS.items():
+        if type(cache[name]) is not kind:
+            raise TypeError(f"{name!r} of the cache is {cache[name]!r}, not {kind.__name__}")
+        if kind is int and cache[name] < (0 if name == "position_axes" else 1):
+            raise ValueError(f"{name!r} of the cache is {cache[name]!r}")
+    if cache["padding"] not in ("right", "left"):
+        raise ValueError(f"padding of the cache is {cache['padding']!r}")
+
+
+def _bound(entry: dict[str, Any]) -> Bound:
+    return Bound(**{key: Errors(**entry[key]) for key in ("eager", "tolerance")})
+
+
 def _vector(entry: dict[str, Any]) -> Vector:
-    parts = {key: Errors(**entry[key]) for key in ("eager", "tolerance")}
-    vector = Vector(**entry | parts)
+    bounds = {str(name): _bound(bound) for name, bound in entry["bounds"].items()}
+    steps = tuple(tuple(step) for step in entry.get("steps", ()))
+    vector = Vector(**entry | {"bounds": bounds, "steps": steps})
     if not isinstance(vector.name, str) or not re.fullmatch(rf"{VECTORS}\d+", vector.folder):
         raise ValueError(f"unexpected test vector {vector.folder!r}")
     for name, least in (("batch", 1), ("sequence", 1), ("past", 0)):
         value = getattr(vector, name)
         if type(value) is not int or value < least:
             raise ValueError(f"{name} of {vector.folder} is {value!r}")
-    numbers = [*astuple(vector.eager), *astuple(vector.tolerance)]
-    positive = (vector.tolerance.rel, vector.tolerance.row)
-    if not all(type(n) in (int, float) and 0 <= n < 1e300 for n in numbers) or 0 in positive:
-        raise ValueError(f"errors and tolerances of {vector.folder} must be finite, above 0")
+    for bound in vector.bounds.values():
+        numbers = [*astuple(bound.eager), *astuple(bound.tolerance)]
+        positive = (bound.tolerance.rel, bound.tolerance.row)
+        if not all(type(n) in (int, float) and 0 <= n < 1e300 for n in numbers) or 0 in positive:
+            raise ValueError(f"errors and tolerances of {vector.folder} must be finite, above 0")
+    if "output" not in vector.bounds:
+        raise ValueError(f"{vector.folder} has no bound for the output")
+    for step in vector.steps:
+        if len(step) != vector.batch or not all(type(n) is int and n >= 0 for n in step):
+            raise ValueError(f"steps of {vector.folder} must say how many tokens each row gets")
+    if any(sum(row) > vector.sequence for row in zip(*vector.steps, strict=True)):
+        raise ValueError(f"steps of {vector.folder} take more tokens than there are")
     return vector
 
 

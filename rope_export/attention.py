@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from typing import overload
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rope_export import lowering
+from rope_export.checks import finite_number, positive_integer
 from rope_export.errors import BadInputError
 from rope_export.rotary import RotaryEmbedding
+from rope_export.scores import attend_explicitly, token_order, visible_keys
+
+Cache = tuple[Tensor, Tensor]
+_MASK_DTYPES = (torch.bool, torch.int32, torch.int64)
 
 
 class Attention(nn.Module):
@@ -19,16 +24,26 @@ class Attention(nn.Module):
 
     Eager and compiled, it is ``F.scaled_dot_product_attention`` between four linear layers: one
     graph under ``torch.compile(fullgraph=True)``. Inside `rope_export.export` the same module
-    lowers to the operators of the chosen target.
+    lowers to the operators of the chosen target. With a soft cap or sinks, which PyTorch's fused
+    kernels lack, the scores are written out and take memory quadratic in the length.
 
     Args:
         hidden_size: width of the residual stream.
         num_heads: query heads.
         num_kv_heads: key and value heads, a divisor of ``num_heads``: equal to it for multi-head,
             1 for multi-query attention (default ``num_heads``).
-        head_dim: width of one head (default ``hidden_size // num_heads``).
+        head_dim: width of one query or key head (default ``hidden_size // num_heads``).
+        value_head_dim: width of one value head (default ``head_dim``).
         rope: the rotary embedding applied to queries and keys, or None for no positions.
         causal: whether a token sees only itself and earlier tokens.
+        window: sliding window: a causal token sees the last ``window`` tokens, itself included;
+            without ``causal`` those up to ``window`` away on either side (as in transformers).
+        softcap: scores ``s`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
+        sinks: a learned score for each head that takes part in the softmax and adds nothing
+            (gpt-oss).
+        qk_norm: RMS norm with a learned weight on each query and key head, before the rotation
+            (Qwen3).
+        qk_norm_eps: added to the mean square.
         qkv_bias: biases on the query, key and value projections.
         out_bias: bias on the output projection.
         scale: factor on the scores (default ``head_dim ** -0.5``).
@@ -44,21 +59,24 @@ class Attention(nn.Module):
         *,
         num_kv_heads: int | None = None,
         head_dim: int | None = None,
+        value_head_dim: int | None = None,
         rope: RotaryEmbedding | None = None,
         causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+        sinks: bool = False,
+        qk_norm: bool = False,
+        qk_norm_eps: float = 1e-6,
         qkv_bias: bool = False,
         out_bias: bool = False,
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        for name, value in (
-            ("hidden_size", hidden_size),
-            ("num_heads", num_heads),
-            ("num_kv_heads", num_kv_heads),
-        ):
-            if value < 1:
-                raise BadInputError(f"{name} must be at least 1, got {value}")
+        hidden_size = positive_integer("hidden_size", hidden_size)
+        num_heads = positive_integer("num_heads", num_heads)
+        num_kv_heads = positive_integer(
+            "num_kv_heads", num_heads if num_kv_heads is None else num_kv_heads
+        )
         if num_heads % num_kv_heads:
             raise BadInputError(
                 f"num_heads must be a multiple of num_kv_heads, got {num_heads} and {num_kv_heads}"
@@ -70,33 +88,79 @@ class Attention(nn.Module):
                     f"got {hidden_size} and {num_heads}"
                 )
             head_dim = hidden_size // num_heads
-        if head_dim < 1:
-            raise BadInputError(f"head_dim must be at least 1, got {head_dim}")
+        head_dim = positive_integer("head_dim", head_dim)
         if rope is not None and rope.dim > head_dim:
             raise BadInputError(
                 f"rotary_dim must be at most head_dim, got {rope.dim} and {head_dim}"
             )
-        scale = head_dim**-0.5 if scale is None else float(scale)
-        if not (math.isfinite(scale) and scale > 0):
-            raise BadInputError(f"scale must be a finite number above 0, got {scale}")
         self.hidden_size = hidden_size
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
+        self.value_head_dim = positive_integer(
+            "value_head_dim", head_dim if value_head_dim is None else value_head_dim
+        )
         self.causal = causal
-        self.scale = scale
+        self.window = None if window is None else positive_integer("window", window)
+        self.softcap = None if softcap is None else finite_number("softcap", softcap)
+        self.scale = head_dim**-0.5 if scale is None else finite_number("scale", scale)
         self.rope = rope
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
-        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=out_bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.value_head_dim, bias=qkv_bias)
+        self.o_proj = nn.Linear(num_heads * self.value_head_dim, hidden_size, bias=out_bias)
+        eps = finite_number("qk_norm_eps", qk_norm_eps, at_least=0)
+        self.q_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.k_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
+        self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
 
     def extra_repr(self) -> str:
         """One line for ``print(module)``."""
-        return (
+        parts = [
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, causal={self.causal}, scale={self.scale:g}"
+        ]
+        if self.value_head_dim != self.head_dim:
+            parts.append(f"value_head_dim={self.value_head_dim}")
+        parts += [
+            f"{name}={value:g}"
+            for name, value in (("window", self.window), ("softcap", self.softcap))
+            if value is not None
+        ]
+        return ", ".join([*parts, *(["sinks=True"] if self.sinks is not None else [])])
+
+    def empty_cache(self, batch: int = 1) -> Cache:
+        """A past of no tokens, to begin with: ``[batch, num_kv_heads, 0, head_dim]`` twice."""
+        weight = self.k_proj.weight
+        key, value = (
+            torch.empty(
+                batch, self.num_kv_heads, 0, width, dtype=weight.dtype, device=weight.device
+            )
+            for width in (self.head_dim, self.value_head_dim)
         )
+        return key, value
+
+    @overload
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        offset: int | Tensor = 0,
+        past: None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        offset: int | Tensor = 0,
+        past: Cache,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Cache]: ...
 
     def forward(
         self,
@@ -104,26 +168,87 @@ class Attention(nn.Module):
         *,
         position_ids: Tensor | None = None,
         offset: int | Tensor = 0,
-    ) -> Tensor:
-        """Attend within one batch of sequences.
+        past: Cache | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Cache]:
+        """Attend within one batch of sequences, or to their cached past as well.
 
         Args:
-            hidden_states: ``[B, S, hidden_size]``.
+            hidden_states: ``[B, S, hidden_size]``, the new tokens.
             position_ids: ``[S]`` or ``[B, S]`` integers for the rotation (``[axes, B, S]`` for a
-                RoPE with several); implied as ``offset … offset + S - 1``. The causal order stays
-                that of the sequence.
-            offset: position of the first token, as an int or a 0-d integer tensor.
+                RoPE with several); implied as the tokens' places in their rows, from ``offset``.
+                The causal order and the window stay those of the sequence.
+            offset: added to implied positions, as an int or a 0-d integer tensor.
+            past: rotated keys ``[B, num_kv_heads, P, head_dim]`` and values
+                ``[B, num_kv_heads, P, value_head_dim]`` of earlier tokens, as an earlier call or
+                `empty_cache` returned them.
+            attention_mask: ``[B, P + S]``, 1 for a real token and 0 for padding, past first. A
+                token's place in its row is the number of ones before it. Outputs at padded
+                positions are unspecified.
 
         Returns:
-            ``[B, S, hidden_size]``.
+            ``[B, S, hidden_size]``; with ``past`` also the cache of ``P + S`` tokens.
+
+        Raises:
+            BadInputError: a shape or dtype does not fit.
         """
         target = lowering.active()
         if target is not None:
-            context = target.attend(self, hidden_states, position_ids, offset)
+            tokens = lowering.Tokens(hidden_states, position_ids, offset, past, attention_mask)
+            context, present = target.attend(self, tokens)
             lowered: Tensor = self.o_proj(context)
-            return lowered
+            return lowered if present is None else (lowered, present)
+        earlier = 0 if past is None else past[0].shape[-2]
+        length = hidden_states.shape[1]
+        self._check(hidden_states, past, attention_mask)
+        order = real = None
+        if attention_mask is not None:
+            order, real = token_order(attention_mask), attention_mask != 0
+            if position_ids is None:
+                position_ids = order[:, earlier:] + offset
+        elif past is not None:
+            offset = offset + earlier
         q, k, v = self.heads(hidden_states, position_ids=position_ids, offset=offset)
-        return self.merge(self.attend(q, k, v, is_causal=self.causal))
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=-2), torch.cat((past[1], v), dim=-2)
+        if order is None and past is None and self.window is None:
+            output = self.merge(self.attend(q, k, v, is_causal=self.causal))
+        else:
+            if order is None:
+                order = torch.arange(earlier + length, device=q.device)
+            visible = visible_keys(
+                order[..., earlier:], order, causal=self.causal, window=self.window, real=real
+            )
+            output = self.merge(self.attend(q, k, v, visible=visible))
+        return output if past is None else (output, (k, v))
+
+    def _check(
+        self, hidden_states: Tensor, past: Cache | None, attention_mask: Tensor | None
+    ) -> None:
+        batch, length = hidden_states.shape[:2]
+        earlier = 0
+        if past is not None:
+            earlier = past[0].shape[-2]
+            for name, given, width in (
+                ("keys", past[0], self.head_dim),
+                ("values", past[1], self.value_head_dim),
+            ):
+                wanted = (batch, self.num_kv_heads, earlier, width)
+                if tuple(given.shape) != wanted or given.dtype != hidden_states.dtype:
+                    raise BadInputError(
+                        f"past must hold {name} {wanted} of {hidden_states.dtype}, "
+                        f"got {tuple(given.shape)} of {given.dtype}"
+                    )
+        if attention_mask is not None:
+            wanted_mask = (batch, earlier + length)
+            if (
+                tuple(attention_mask.shape) != wanted_mask
+                or attention_mask.dtype not in _MASK_DTYPES
+            ):
+                raise BadInputError(
+                    f"attention_mask must be {wanted_mask} of bool, int32 or int64 (past and new "
+                    f"tokens), got {tuple(attention_mask.shape)} of {attention_mask.dtype}"
+                )
 
     def heads(
         self,
@@ -132,15 +257,17 @@ class Attention(nn.Module):
         position_ids: Tensor | None = None,
         offset: int | Tensor = 0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Project and rotate: ``[B, S, hidden_size]`` to queries, keys and values.
+        """Project, normalise and rotate: ``[B, S, hidden_size]`` to queries, keys and values.
 
         Returns:
-            ``[B, num_heads, S, head_dim]`` and twice ``[B, num_kv_heads, S, head_dim]``; queries
-            and keys are rotated.
+            ``[B, num_heads, S, head_dim]``, ``[B, num_kv_heads, S, head_dim]`` and
+            ``[B, num_kv_heads, S, value_head_dim]``; queries and keys are rotated.
         """
         q = rearrange(self.q_proj(hidden_states), "b s (h d) -> b h s d", h=self.num_heads)
         k = rearrange(self.k_proj(hidden_states), "b s (h d) -> b h s d", h=self.num_kv_heads)
         v = rearrange(self.v_proj(hidden_states), "b s (h d) -> b h s d", h=self.num_kv_heads)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if self.rope is not None:
             q, k = self.rope.rotate(q, k, position_ids=position_ids, offset=offset, seq_dim=-2)
         return q, k, v
@@ -152,26 +279,47 @@ class Attention(nn.Module):
         v: Tensor,
         *,
         is_causal: bool = False,
-        mask: Tensor | None = None,
+        visible: Tensor | None = None,
     ) -> Tensor:
-        """Scaled dot-product attention of projected heads, as `heads` returns them."""
+        """Attention of projected heads, as `heads` returns them, with cap and sinks.
+
+        Args:
+            q: ``[B, num_heads, S, head_dim]``.
+            k: ``[B, num_kv_heads, T, head_dim]``.
+            v: ``[B, num_kv_heads, T, value_head_dim]``.
+            is_causal: whether key ``j`` is hidden from query ``i < j``.
+            visible: which keys each query sees, bool ``[S, T]`` or ``[B, S, T]``.
+        """
+        if self.softcap is not None or self.sinks is not None:
+            if is_causal:
+                token = torch.arange(k.shape[-2], device=q.device)
+                visible = visible_keys(token[: q.shape[-2]], token, causal=True, window=None)
+            return attend_explicitly(
+                q,
+                k,
+                v,
+                scale=self.scale,
+                visible=visible,
+                softcap=self.softcap,
+                sinks=self.sinks,
+            )
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=mask,
+            attn_mask=visible if visible is None or visible.ndim == 2 else visible.unsqueeze(1),
             is_causal=is_causal,
             scale=self.scale,
             enable_gqa=self.num_kv_heads != self.num_heads,
         )
 
     def merge(self, context: Tensor) -> Tensor:
-        """Output projection: ``[B, num_heads, S, head_dim]`` to ``[B, S, hidden_size]``."""
+        """Output projection of ``[B, num_heads, S, value_head_dim]``: ``[B, S, hidden_size]``."""
         output: Tensor = self.o_proj(rearrange(context, "b h s d -> b s (h d)"))
         return output
 
     def packed_projection(self, hidden_states: Tensor) -> Tensor:
-        """Queries, keys and values in one product, ``[B, S, (heads + 2 kv_heads) * head_dim]``."""
+        """Queries, keys and values in one product: ``[B, S, heads * width]`` side by side."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
         weight = torch.cat(tuple(p.weight for p in projections))
         biases = tuple(p.bias for p in projections if p.bias is not None)

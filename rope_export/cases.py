@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,11 +12,22 @@ import torch
 from torch import Tensor
 
 from rope_export.angles import COARSE_ROWS, FINE_ROWS
-from rope_export.comparison import errors_against, tolerance
+from rope_export.comparison import Bound, errors_against, tolerance
 from rope_export.errors import BadInputError
-from rope_export.reference import Semantics, attention_truth
+from rope_export.reference import Semantics, attention_truth, keys_and_values
+from rope_export.scores import visible_keys
 from rope_export.shapes import Shape
-from rope_export.trial import Progress, Trial
+from rope_export.trial import (
+    OUTPUT,
+    PRESENTS,
+    Expected,
+    Places,
+    Progress,
+    Trial,
+    cache_places,
+    given_places,
+    step_tokens,
+)
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
@@ -35,79 +46,338 @@ _LOUDNESS = 8.0
 _LOUD_ALLOWANCE = 4.0
 
 
+@dataclass(frozen=True)
+class Interface:
+    """What the graph takes beside the hidden states.
+
+    Attributes:
+        positions: how many positions it serves when ``position_ids`` is an input, else None.
+        cache: whether past and present are.
+        mask: whether ``attention_mask`` is.
+        padding: the side on which prompts are padded.
+        packs_rows: whether the present has each row's tokens from its first slot on.
+    """
+
+    positions: int | None = None
+    cache: bool = False
+    mask: bool = False
+    padding: str = "right"
+    packs_rows: bool = False
+
+
 def make_cases(
     block: Attention,
     shapes: list[Shape],
     *,
     seed: int,
-    positions: int | None,
+    interface: Interface,
     progress: Progress,
 ) -> list[Trial]:
     """Draw inputs and evaluate truth and eager PyTorch on each shape.
 
     Args:
         block: the block, in the dtype exported.
-        shapes: as planned.
+        shapes: as planned; one in several calls comes after the full pass it repeats.
         seed: of the inputs.
-        positions: how many positions the graph serves when ``position_ids`` is an input.
+        interface: of the graph.
         progress: told what is being done.
 
     Raises:
         BadInputError: the block overflows its own dtype.
     """
     gain = input_gain(block, seed)
-    dtype = str(block.q_proj.weight.dtype).removeprefix("torch.")
-    products = max(block.hidden_size, block.num_heads * block.head_dim)
-    axes = 1 if block.rope is None else block.rope.axes
     cases: list[Trial] = []
-    widest_row = 0.0
+    widest: dict[str, float] = {}
     for index, shape in enumerate(shapes):
         progress(f"float64 truth and eager PyTorch: {shape.name} [{shape.batch}, {shape.sequence}]")
-        rng = np.random.default_rng([seed, index])
-        deviation = gain * (_LOUDNESS if shape.loud else 1.0)
-        x = _draw(rng, block, shape.batch, shape.sequence, deviation)
-        ids = None
-        if positions is not None and block.rope is not None:
-            drawn = [_draw_positions(rng, shape, positions, block.rope) for _ in range(axes)]
-            ids = torch.from_numpy(np.stack(drawn) if axes > 1 else drawn[0])
-        rows = _sample_rows(rng, shape.sequence) if shape.sampled else None
-        truth = attention_truth(block, x, position_ids=ids, rows=rows).numpy()
-        eager = errors_against(truth, _eager(block, x, ids, rows).double().numpy())
-        if not math.isfinite(eager.rel):
-            if shape.loud:
+        if shape.steps:
+            whole = next(
+                case
+                for case in cases
+                if (case.batch, case.sequence, case.past) == (shape.batch, shape.sequence, 0)
+                and len(case.expected[OUTPUT].truth) == shape.batch * shape.sequence
+                and not case.steps
+                and case.name != "loud inputs"
+            )
+            trial = _in_calls(block, shape, whole, interface)
+        else:
+            rng = np.random.default_rng([seed, index])
+            deviation = gain * (_LOUDNESS if shape.loud else 1.0)
+            single = _Single(block, shape, interface, rng, deviation)
+            made = single.trial()
+            if made is None and shape.loud:
                 continue  # beyond what the dtype carries, in PyTorch too
-            raise BadInputError(
-                f"dtype {dtype} is too narrow for this block: eager PyTorch itself overflows on "
-                f"inputs [{shape.batch}, {shape.sequence}] of standard deviation {deviation:.2g}"
-            )
-        held_to = tolerance(eager, dtype, products)
-        if shape.loud:
-            held_to = replace(
-                held_to, rel=_LOUD_ALLOWANCE * held_to.rel, row=_LOUD_ALLOWANCE * held_to.row
-            )
-        widest_row = max(widest_row, 0.0 if shape.loud else held_to.row)
-        inputs: dict[str, Array] = {"hidden_states": to_numpy(x)}
-        if ids is not None:
-            inputs["position_ids"] = ids.numpy()
-        cases.append(
-            Trial(
-                name=shape.name,
-                batch=shape.batch,
-                sequence=shape.sequence,
-                past=0,
-                inputs=inputs,
-                truth=truth,
-                rows=None if rows is None else rows.numpy(),
-                eager=eager,
-                tolerance=held_to,
-                stored=shape.stored,
-            )
+            if made is None:
+                dtype = str(block.q_proj.weight.dtype).removeprefix("torch.")
+                raise BadInputError(
+                    f"dtype {dtype} is too narrow for this block: eager PyTorch itself overflows "
+                    f"on inputs [{shape.batch}, {shape.sequence}] of standard deviation "
+                    f"{deviation:.2g}"
+                )
+            trial = made
+        if not shape.loud:
+            for name, expected in trial.expected.items():
+                row = expected.bound.tolerance.row
+                widest[name] = max(widest.get(name, 0.0), row)
+        cases.append(trial)
+    return [_with_widest(case, widest) for case in cases]
+
+
+def _with_widest(case: Trial, widest: dict[str, float]) -> Trial:
+    """One token says little about what a token may be off by: all tokens of all cases do."""
+    expected = {}
+    for name, part in case.expected.items():
+        held_to = part.bound.tolerance
+        held_to = replace(held_to, row=max(held_to.row, widest.get(name, 0.0)))
+        expected[name] = replace(part, bound=replace(part.bound, tolerance=held_to))
+    return replace(case, expected=expected)
+
+
+def _expected(
+    block: Attention, truth: Array, eager: Array, at: Places, *, loud: bool
+) -> Expected | None:
+    """How close is close enough, or None when eager PyTorch itself is not finite."""
+    dtype = str(block.q_proj.weight.dtype).removeprefix("torch.")
+    products = max(block.hidden_size, block.num_heads * block.value_head_dim)
+    exact = np.ascontiguousarray(truth, dtype=np.float64)
+    errors = errors_against(exact, eager)
+    if not math.isfinite(errors.rel):
+        return None
+    held_to = tolerance(errors, dtype, products)
+    if loud:
+        held_to = replace(
+            held_to, rel=_LOUD_ALLOWANCE * held_to.rel, row=_LOUD_ALLOWANCE * held_to.row
         )
-    # One token says little about what a token may be off by: all tokens of all cases do.
-    return [
-        replace(case, tolerance=replace(case.tolerance, row=max(case.tolerance.row, widest_row)))
-        for case in cases
-    ]
+    return Expected(exact, at, Bound(errors, held_to))
+
+
+class _Single:
+    """One call of the block on inputs of one shape.
+
+    Every row is a sequence of its own without padding, ``tokens``; the call gets what lies after
+    the row's past, in columns padded to one length.
+    """
+
+    def __init__(
+        self,
+        block: Attention,
+        shape: Shape,
+        interface: Interface,
+        rng: np.random.Generator,
+        deviation: float,
+    ) -> None:
+        self.block, self.shape, self.interface = block, shape, interface
+        batch, length = shape.batch, shape.sequence
+        pasts = np.array(shape.pasts or (0,) * batch)
+        lengths = np.array(shape.lengths or (length,) * batch)
+        self.pasts, self.totals = pasts, pasts + lengths
+        self.tokens = _draw(rng, block, batch, int(self.totals.max()), deviation)
+        self.ids = None
+        rope = block.rope
+        if interface.positions is not None and rope is not None:
+            reach = replace(shape, sequence=self.tokens.shape[1])
+            drawn = [_draw_positions(rng, reach, interface.positions, rope) for _ in _axes_of(rope)]
+            self.ids = torch.from_numpy(np.stack(drawn) if rope.axes > 1 else drawn[0])
+        self.rows = _sample_rows(rng, length) if shape.sampled else None
+        nothing = np.zeros(batch, dtype=np.int64)
+        # Columns of the past and of the call, and the tokens in them.
+        self.old = step_tokens(tuple(pasts.tolist()), nothing, interface.padding)
+        self.new = step_tokens(tuple(lengths.tolist()), pasts, interface.padding)
+        self.mask = np.zeros((batch, shape.total), dtype=np.int64)
+        self.mask[self.old[0], self.old[2]] = 1
+        self.mask[self.new[0], self.new[2] + shape.past] = 1
+        # What stands at padding must not matter.
+        self.hidden = _draw(rng, block, batch, length, deviation)
+        row, token, column = (torch.from_numpy(part) for part in self.new)
+        self.hidden[row, column] = self.tokens[row, token]
+        self.junk = _draw(rng, block, batch, 1, deviation)
+
+    def trial(self) -> Trial | None:
+        """The case, or None when eager PyTorch overflows."""
+        shape, interface = self.shape, self.interface
+        inputs: dict[str, Array] = {"hidden_states": to_numpy(self.hidden)}
+        new_ids = None
+        if self.ids is not None:
+            new_ids = torch.zeros(*self.ids.shape[:-1], shape.sequence, dtype=torch.int64)
+            row, token, column = (torch.from_numpy(part) for part in self.new)
+            new_ids[..., row, column] = self.ids[..., row, token]
+            inputs["position_ids"] = new_ids.numpy()
+        past = None
+        exact: tuple[Tensor, Tensor] | None = None
+        if interface.cache:
+            exact = self._exact_cache()
+            inputs |= self._past(exact, packs_rows=interface.packs_rows)
+            past = self._past(exact, packs_rows=False)
+        if interface.mask:
+            inputs["attention_mask"] = self.mask
+        truth = self._truth()
+        eager, present = self._eager(new_ids, past)
+        parts = {OUTPUT: _expected(self.block, truth, eager, self._compared(), loud=shape.loud)}
+        if exact is not None:
+            parts |= self._presents(exact, present)
+        expected = {name: part for name, part in parts.items() if part is not None}
+        if len(expected) < len(parts):
+            return None
+        outputs = self._outputs(inputs, expected) if shape.stored else {}
+        return Trial(
+            name=shape.name,
+            batch=shape.batch,
+            sequence=shape.sequence,
+            past=shape.past,
+            inputs=inputs,
+            expected=expected,
+            outputs=outputs,
+        )
+
+    def _calls(self) -> tuple[int, ...]:
+        return (self.shape.past,) if self.shape.past else ()
+
+    def _compared(self) -> Places:
+        """Batch row and column of the tokens whose output is compared."""
+        row, _, column = self.new
+        if self.rows is None:
+            return row, column
+        picked = np.isin(column, self.rows.numpy())
+        return row[picked], column[picked]
+
+    def _truth(self) -> Array:
+        """Float64 outputs of the tokens compared, ``[tokens, hidden]``."""
+        block, tokens, ids, shape = self.block, self.tokens, self.ids, self.shape
+        if shape.uniform:
+            rows = self.rows
+            if rows is None:
+                rows = torch.arange(shape.past, tokens.shape[1])
+            picked = None if len(rows) == tokens.shape[1] else rows
+            truth = attention_truth(
+                block, tokens, position_ids=ids, rows=picked, calls=self._calls()
+            )
+            return truth.flatten(0, 1).numpy()
+        parts = []
+        for index, (past, total) in enumerate(zip(self.pasts, self.totals, strict=True)):
+            of_row = None if ids is None else ids[..., index : index + 1, :total]
+            row = tokens[index : index + 1, :total]
+            rows = torch.arange(int(past), int(total))
+            parts.append(attention_truth(block, row, position_ids=of_row, rows=rows)[0])
+        return torch.cat(parts).numpy()
+
+    def _exact_cache(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens in float64, ``[B, G, tokens, width]``."""
+        return keys_and_values(self.block, self.tokens, position_ids=self.ids, calls=self._calls())
+
+    def _past(self, exact: tuple[Tensor, Tensor], *, packs_rows: bool) -> dict[str, Array]:
+        """Past keys and values in the block's dtype, with junk at padding."""
+        past = {}
+        row, token, column = (torch.from_numpy(part) for part in self.old)
+        slot = token if packs_rows else column
+        for name, tensor in zip(("past_key", "past_value"), exact, strict=True):
+            of_dtype = tensor.to(self.tokens.dtype)
+            width = tensor.shape[-1]
+            filled = self.junk[:, :, :1, None].expand(-1, tensor.shape[1], self.shape.past, width)
+            filled = filled.clone()
+            filled[row, :, slot] = of_dtype[row, :, token]
+            past[name] = to_numpy(filled)
+        return past
+
+    @torch.no_grad()
+    def _eager(
+        self, new_ids: Tensor | None, past: dict[str, Array] | None
+    ) -> tuple[Array, tuple[Tensor, Tensor] | None]:
+        """Eager PyTorch: outputs compared, and its present with the columns of the mask."""
+        block, shape = self.block, self.shape
+        if shape.uniform and not shape.past:
+            output = _eager(block, self.hidden, new_ids, self.rows)
+            present = None
+            if past is not None:
+                _, k, v = block.heads(self.hidden, position_ids=new_ids)
+                present = k, v
+            return output.flatten(0, 1).double().numpy(), present
+        mask = torch.from_numpy(self.mask)
+        present = None
+        if past is None:
+            output = block(self.hidden, position_ids=new_ids, attention_mask=mask)
+        else:
+            given = tuple(from_numpy(array) for array in past.values())
+            output, present = block(
+                self.hidden, position_ids=new_ids, past=given, attention_mask=mask
+            )
+        row, column = (torch.from_numpy(part) for part in self._compared())
+        return output[row, column].double().numpy(), present
+
+    def _presents(
+        self, exact: tuple[Tensor, Tensor], present: tuple[Tensor, Tensor] | None
+    ) -> dict[str, Expected | None]:
+        assert present is not None
+        at = cache_places(self.mask, packs_rows=self.interface.packs_rows)
+        at_columns = cache_places(self.mask, packs_rows=False)
+        row, nth = cache_places(self.mask, packs_rows=True)
+        if self.rows is not None:  # a sample of a long prompt
+            picked = np.isin(nth, self.rows.numpy())
+            at, at_columns = ((places[0][picked], places[1][picked]) for places in (at, at_columns))
+            row, nth = row[picked], nth[picked]
+        expected = {}
+        for name, tensor, eager in zip(PRESENTS, exact, present, strict=True):
+            truth = tensor[row, :, nth].flatten(1).numpy()
+            got = eager[at_columns[0], :, at_columns[1]].flatten(1).double().numpy()
+            expected[name] = _expected(self.block, truth, got, at, loud=self.shape.loud)
+        return expected
+
+    def _outputs(self, inputs: dict[str, Array], expected: dict[str, Expected]) -> dict[str, Array]:
+        """Whole graph outputs; a packed present has zeros behind the tokens of a shorter row."""
+        dtype = inputs["hidden_states"].dtype
+        shape = self.shape
+        output = np.zeros((shape.batch, shape.sequence, self.block.hidden_size), dtype)
+        output[expected[OUTPUT].at] = expected[OUTPUT].truth.astype(dtype)
+        outputs: dict[str, Array] = {OUTPUT: output}
+        for name in PRESENTS:
+            if name not in expected:
+                continue
+            past = inputs[name.replace("present", "past")]
+            batch, heads, earlier, width = past.shape
+            present: Array = np.zeros((batch, heads, shape.total, width), dtype)
+            if not self.interface.packs_rows:
+                present[:, :, :earlier] = past
+            row, slot = expected[name].at
+            values = expected[name].truth.astype(dtype).reshape(len(row), heads, width)
+            present[row, :, slot] = values
+            outputs[name] = present
+        return outputs
+
+
+def _in_calls(block: Attention, shape: Shape, whole: Trial, interface: Interface) -> Trial:
+    """A full pass once more, in several calls with a cache between them."""
+    hidden = from_numpy(whole.inputs["hidden_states"])
+    ids = whole.inputs.get("position_ids")
+    at = given_places(shape.steps)
+    answers = torch.zeros_like(hidden)
+    mask = np.zeros((shape.batch, 0), dtype=np.int64)
+    past = block.empty_cache(shape.batch)
+    used = np.zeros(shape.batch, dtype=np.int64)
+    for step in shape.steps:
+        row, token, column = step_tokens(step, used, interface.padding)
+        length = max(step)
+        x = torch.zeros(shape.batch, length, hidden.shape[-1], dtype=hidden.dtype)
+        x[row, column] = hidden[row, token]
+        new = np.zeros((shape.batch, length), dtype=np.int64)
+        new[row, column] = 1
+        mask = np.concatenate((mask, new), axis=1)
+        new_ids = None
+        if ids is not None:
+            placed = np.zeros((*ids.shape[:-1], length), dtype=np.int64)
+            placed[..., row, column] = ids[..., row, token]
+            new_ids = torch.from_numpy(placed)
+        with torch.no_grad():
+            y, past = block(
+                x, position_ids=new_ids, past=past, attention_mask=torch.from_numpy(mask)
+            )
+        answers[row, token] = y[row, column]
+        used += np.array(step)
+    of_whole = whole.expected[OUTPUT]
+    truth = np.zeros((shape.batch, shape.sequence, hidden.shape[-1]))
+    truth[of_whole.at] = of_whole.truth
+    eager = answers[at].double().numpy()
+    expected = _expected(block, truth[at], eager, at, loud=False)
+    assert expected is not None  # the full pass was finite
+    return replace(whole, name=shape.name, expected={OUTPUT: expected}, steps=shape.steps)
 
 
 def input_gain(block: Attention, seed: int) -> float:
@@ -150,6 +420,14 @@ def sensitivities(block: Attention, *, length: int, seed: int) -> dict[str, floa
         if meaning.decay is not None:
             defects["xPos dropped"] = replace(meaning, decay=None)
     defects["causal mask flipped"] = replace(meaning, causal=not meaning.causal)
+    if meaning.window is not None:
+        defects["window one token wider"] = replace(meaning, window=meaning.window + 1)
+    if meaning.softcap is not None:
+        defects["soft cap dropped"] = replace(meaning, softcap=None)
+    if meaning.sinks is not None:
+        defects["sinks dropped"] = replace(meaning, sinks=None)
+    if meaning.norm_eps is not None:
+        defects["query and key norms dropped"] = replace(meaning, norm_eps=None)
     if meaning.num_kv_heads > 1:
         defects["value heads rolled"] = replace(meaning, value_roll=1)
     truth = attention_truth(block, x).numpy()
@@ -168,6 +446,17 @@ def to_numpy(x: Tensor) -> Array:
         return bits
     array: Array = x.numpy()
     return array
+
+
+def from_numpy(array: Array) -> Tensor:
+    """The other way round."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _axes_of(rope: RotaryEmbedding) -> range:
+    return range(rope.axes)
 
 
 def _axes(block: Attention) -> tuple[int, ...]:
@@ -235,7 +524,7 @@ def _eager(block: Attention, x: Tensor, ids: Tensor | None, rows: Tensor | None)
     outputs = []
     for run in rows.split(_SAMPLED_ROWS):
         seen = int(run[-1]) + 1 if block.causal else length
-        mask = torch.arange(seen) <= run.unsqueeze(1) if block.causal else None
-        context = block.attend(q[:, :, run], k[:, :, :seen], v[:, :, :seen], mask=mask)
+        visible = visible_keys(run, torch.arange(seen), causal=block.causal, window=block.window)
+        context = block.attend(q[:, :, run], k[:, :, :seen], v[:, :, :seen], visible=visible)
         outputs.append(block.merge(context))
     return torch.cat(outputs, dim=1)

@@ -46,6 +46,19 @@ class Errors:
         )
 
 
+@dataclass(frozen=True)
+class Bound:
+    """How well eager PyTorch does on a tensor, and what a provider is held to.
+
+    Attributes:
+        eager: eager PyTorch against float64 truth.
+        tolerance: derived from it and the dtype.
+    """
+
+    eager: Errors
+    tolerance: Errors
+
+
 def errors_against(truth: npt.NDArray[np.float64], output: npt.ArrayLike) -> Errors:
     """Compare ``output`` with ``truth``, both ``[..., tokens, width]``.
 

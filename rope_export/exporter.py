@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch._dynamo.exc import UserError
@@ -22,7 +22,7 @@ from rope_export.lowering import lowering_to, rules
 from rope_export.lowering.target import Target
 from rope_export.plan import Plan
 from rope_export.report import Report
-from rope_export.shapes import TRACED_BATCH, TRACED_LENGTH
+from rope_export.shapes import TRACED_BATCH, TRACED_LENGTH, TRACED_PAST
 from rope_export.trial import OUTPUT, Progress, Trial, silent
 from rope_export.validator import make_trials, prove
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 # onnxruntime indexes batches with 32 bits.
 _MAX_BATCH = 2**31 - 1
+_INTEGERS = ("position_ids", "attention_mask")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,9 @@ def export(
     providers: Sequence[str] = ("cpu",),
     max_seq_len: int | None = None,
     position_ids: bool = False,
+    cache: bool = False,
+    attention_mask: bool = False,
+    padding: str = "right",
     static: bool = False,
     batch: int = 1,
     seed: int = 0,
@@ -86,6 +91,12 @@ def export(
         providers: the execution providers the graph must be legal on.
         max_seq_len: longest sequence served (default: the table of ``block.rope``, or 4096).
         position_ids: whether positions are a graph input ``[batch, sequence]``.
+        cache: whether keys and values of earlier tokens come in as ``past_key`` and ``past_value``
+            ``[batch, num_kv_heads, past_sequence, width]`` and go out, with the new ones, as
+            ``present_key`` and ``present_value``: one graph for prefill, chunks and decoding.
+        attention_mask: whether ``attention_mask`` ``[batch, total_sequence]`` is an input, 1 for a
+            token and 0 for padding; always so with ``cache``.
+        padding: ``"right"`` or ``"left"``, the side on which prompts are padded.
         static: one batch and length instead of dynamic ones.
         batch: rows of a static graph.
         seed: of the inputs of the test vectors.
@@ -111,6 +122,9 @@ def export(
         providers=providers,
         max_seq_len=max_seq_len,
         position_ids=position_ids,
+        cache=cache,
+        attention_mask=attention_mask,
+        padding=padding,
         static=static,
         batch=batch,
         seed=seed,
@@ -136,6 +150,8 @@ def export(
                 "attention": choice.form.attention.removeprefix("::"),
                 "rotation": rotation_name(choice),
                 "passed_over": list(choice.reasons),
+                "branches": list(choice.branches),
+                "cache": cache_layout(block, plan, choice) if plan.cache else None,
                 **graph.description(model, folder),
             }
             config = {
@@ -169,50 +185,49 @@ def build_model(block: Attention, plan: Plan) -> tuple[ir.Model, rules.Choice]:
     Raises:
         ExportError: an axis that was to be dynamic came out fixed or with a narrower range.
     """
-    target = Target(plan.target, plan.providers)
-    length = min(TRACED_LENGTH, plan.longest)
-    shape = (plan.batch, plan.longest) if plan.static else (TRACED_BATCH, length)
-    axes: list[str | int] = ["batch", "sequence"]
-    ranges = {"batch": _MAX_BATCH, "sequence": plan.longest}
-    if plan.static:
-        axes = [plan.batch, plan.longest]
-    elif plan.longest == 1:
-        axes = ["batch", 1]
-    dims = {
-        index: torch.export.Dim(axis, min=1, max=ranges[axis])
-        for index, axis in enumerate(axes)
-        if isinstance(axis, str)
+    target = Target(plan.target, plan.providers, plan.longest, plan.padding)
+    inputs, outputs = interface(block, plan)
+    sizes = {"batch": TRACED_BATCH, "sequence": min(TRACED_LENGTH, plan.longest)}
+    sizes |= {"past_sequence": TRACED_PAST, "total_sequence": sizes["sequence"] + TRACED_PAST}
+    if not plan.cache:
+        sizes["total_sequence"] = sizes["sequence"]
+    ranges = {
+        "batch": (1, _MAX_BATCH),
+        "sequence": (1, plan.longest),
+        "past_sequence": (0, plan.longest - 1),
+        "total_sequence": (1, plan.longest),
     }
+    dims = {
+        name: torch.export.Dim(name, min=low, max=high)
+        for name, (low, high) in ranges.items()
+        if low < high
+    }
+    examples, dynamic, largest = {}, {}, {}
     weight = block.q_proj.weight
-    hidden_states = torch.zeros(*shape, block.hidden_size, dtype=weight.dtype, device=weight.device)
-    keywords = {}
-    lead = [block.rope.axes] if block.rope is not None and block.rope.axes > 1 else []
-    dynamic = {"hidden_states": dims}
-    if plan.position_ids:
-        keywords["position_ids"] = torch.zeros(
-            *lead, *shape, dtype=torch.int64, device=weight.device
-        )
-        dynamic["position_ids"] = {len(lead) + index: dim for index, dim in dims.items()}
+    for name, axes in inputs.items():
+        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in axes]
+        kind = torch.int64 if name in _INTEGERS else weight.dtype
+        examples[name] = torch.zeros(shape, dtype=kind, device=weight.device)
+        named = {index: axis for index, axis in enumerate(axes) if isinstance(axis, str)}
+        dynamic[name] = {index: dims[axis] for index, axis in named.items()}
+        largest[name] = {index: ranges[axis] for index, axis in named.items()}
+    if plan.attention_mask:
+        examples["attention_mask"].fill_(1)
+    hidden_states = examples.pop("hidden_states")
     with _quiet_torch(), torch.no_grad(), lowering_to(target):
         try:
             program = torch.export.export(
                 block,
                 (hidden_states,),
-                keywords,
-                dynamic_shapes=dynamic,
+                _with_past(examples),
+                dynamic_shapes=_with_past(dynamic),
                 strict=False,
             )
         except UserError as error:
             raise ExportError(
                 f"torch.export narrowed an axis: {str(error).splitlines()[0]}"
             ) from error
-        check_ranges(
-            program,
-            {
-                name: {axis: ranges[dim.__name__] for axis, dim in by_axis.items()}
-                for name, by_axis in dynamic.items()
-            },
-        )
+        check_ranges(program, largest)
         converted = torch.onnx.export(
             program,
             dynamo=True,
@@ -222,36 +237,85 @@ def build_model(block: Attention, plan: Plan) -> tuple[ir.Model, rules.Choice]:
         )
     assert converted is not None  # dynamo=True without a file
     model: ir.Model = converted.model
-    interface: dict[str, list[str | int]] = {"hidden_states": [*axes, block.hidden_size]}
-    if plan.position_ids:
-        interface["position_ids"] = [*lead, *axes]
-    graph.tidy(model, interface, {OUTPUT: [*axes, block.hidden_size]})
+    graph.tidy(model, inputs, outputs)
     (choice,) = target.choices
     return model, choice
 
 
-def check_ranges(program: torch.export.ExportedProgram, largest: dict[str, dict[int, int]]) -> None:
-    """Check that every axis asked to be dynamic still takes every size from 1 up.
+def interface(
+    block: Attention, plan: Plan
+) -> tuple[dict[str, list[str | int]], dict[str, list[str | int]]]:
+    """Axes of every graph input and output, dynamic ones by name, in order."""
+    batch: str | int = plan.batch if plan.static else "batch"
+    length: str | int = plan.longest if plan.static or plan.longest == 1 else "sequence"
+    lead = [block.rope.axes] if block.rope is not None and block.rope.axes > 1 else []
+    inputs: dict[str, list[str | int]] = {"hidden_states": [batch, length, block.hidden_size]}
+    outputs: dict[str, list[str | int]] = {OUTPUT: [batch, length, block.hidden_size]}
+    if plan.position_ids:
+        inputs["position_ids"] = [*lead, batch, length]
+    if plan.cache:
+        for name, width in (("key", block.head_dim), ("value", block.value_head_dim)):
+            heads = block.num_kv_heads
+            inputs[f"past_{name}"] = [batch, heads, "past_sequence", width]
+            outputs[f"present_{name}"] = [batch, heads, "total_sequence", width]
+    if plan.attention_mask:
+        inputs["attention_mask"] = [batch, "total_sequence" if plan.cache else length]
+    return inputs, outputs
+
+
+def _with_past(by_name: dict[str, _T]) -> dict[str, Any]:
+    """Graph inputs as arguments of the block: ``past`` is a pair."""
+    given: dict[str, Any] = {}
+    for name, value in by_name.items():
+        if name == "past_value":
+            continue
+        if name == "past_key":
+            given["past"] = (value, by_name["past_value"])
+        else:
+            given[name] = value
+    return given
+
+
+def check_ranges(
+    program: torch.export.ExportedProgram, asked: dict[str, dict[int, tuple[int, int]]]
+) -> None:
+    """Check that every axis asked to be dynamic still takes every size asked for.
 
     Args:
         program: the traced program.
-        largest: for every input, the largest size asked for of every dynamic axis.
+        asked: for every input, in order, the smallest and largest size of every dynamic axis.
 
     Raises:
         ExportError: an axis came out fixed or with a narrower range.
     """
-    nodes = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
-    for name, by_axis in largest.items():
-        for axis, largest_size in by_axis.items():
-            size = nodes[name].meta["val"].shape[axis]
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    given = dict(zip(asked, nodes[len(nodes) - len(asked) :], strict=True))
+    for name, by_axis in asked.items():
+        for axis, (least, largest) in by_axis.items():
+            size = given[name].meta["val"].shape[axis]
             if not isinstance(size, torch.SymInt):
                 raise ExportError(f"axis {axis} of {name} was to be dynamic and came out as {size}")
             served = program.range_constraints[size.node.expr]
-            if served.lower > 1 or served.upper < largest_size:
+            if served.lower > least or served.upper < largest:
                 raise ExportError(
-                    f"axis {axis} of {name} was to serve 1 … {largest_size} "
+                    f"axis {axis} of {name} was to serve {least} … {largest} "
                     f"and came out as {served.lower} … {served.upper}"
                 )
+
+
+def cache_layout(block: Attention, plan: Plan, choice: rules.Choice) -> dict[str, Any]:
+    """How the graph keeps its cache, as `runtime.CacheLayout` has it."""
+    layout = runtime.CacheLayout(
+        num_kv_heads=block.num_kv_heads,
+        head_dim=block.head_dim,
+        value_head_dim=block.value_head_dim,
+        capacity=plan.longest,
+        packs_rows=choice.form.packs_rows,
+        by_rows=choice.by_rows,
+        padding=plan.padding,
+        position_axes=block.rope.axes if plan.position_ids and block.rope is not None else 0,
+    )
+    return asdict(layout)
 
 
 def rotation_name(choice: rules.Choice) -> str:
@@ -269,7 +333,12 @@ def describe_block(block: Attention) -> dict[str, Any]:
         "num_heads": block.num_heads,
         "num_kv_heads": block.num_kv_heads,
         "head_dim": block.head_dim,
+        "value_head_dim": block.value_head_dim,
         "causal": block.causal,
+        "window": block.window,
+        "softcap": block.softcap,
+        "sinks": block.sinks is not None,
+        "qk_norm_eps": None if block.q_norm is None else block.q_norm.eps,
         "scale": block.scale,
         "qkv_bias": block.q_proj.bias is not None,
         "out_bias": block.o_proj.bias is not None,
@@ -293,20 +362,23 @@ def describe_block(block: Attention) -> dict[str, Any]:
 
 def _store(folder: Path, trials: list[Trial]) -> list[artifact.Vector]:
     vectors: list[artifact.Vector] = []
+    written: dict[int, str] = {}
     for trial in trials:
         if not trial.stored:
             continue
+        known = written.get(id(trial.inputs["hidden_states"]))
         vector = artifact.Vector(
             name=trial.name,
-            folder=f"{artifact.VECTORS}{len(vectors)}",
+            folder=known or f"{artifact.VECTORS}{len(written)}",
             batch=trial.batch,
             sequence=trial.sequence,
             past=trial.past,
-            eager=trial.eager,
-            tolerance=trial.tolerance,
+            bounds={name: expected.bound for name, expected in trial.expected.items()},
+            steps=trial.steps,
         )
-        dtype = trial.inputs["hidden_states"].dtype
-        artifact.write_vector(folder, vector, trial.inputs, {OUTPUT: trial.truth.astype(dtype)})
+        if known is None:  # trials in several calls share the vector of one full pass
+            artifact.write_vector(folder, vector, trial.inputs, trial.outputs)
+            written[id(trial.inputs["hidden_states"])] = vector.folder
         vectors.append(vector)
     return vectors
 

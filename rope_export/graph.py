@@ -15,6 +15,7 @@ from onnxscript import optimizer
 import rope_export
 from rope_export import artifact
 from rope_export.errors import ExportError
+from rope_export.lowering import control
 
 # Larger weights go into a file of their own; protobuf itself ends at 2 GiB.
 _EXTERNAL_BYTES = 128 * 2**20
@@ -44,6 +45,7 @@ def tidy(model: ir.Model, inputs: Mapping[str, Axes], outputs: Mapping[str, Axes
     ):
         value.metadata_props.clear()
         value.doc_string = None
+    control.expand(model)
     _name_interface(model, inputs, outputs)
     _name_inside(model, sources)
     model.producer_name = "rope-export"
@@ -103,20 +105,24 @@ def _name_inside(model: ir.Model, sources: Mapping[str, str]) -> None:
         value.name = name
     interface = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     counts: Counter[str] = Counter()
-    for node in model.graph:
+    for node in model.graph.all_nodes():
         counts[node.op_type] += 1
         node.name = f"{node.op_type}_{counts[node.op_type]}"
         for index, value in enumerate(node.outputs):
             if id(value) in interface:
                 continue
             value.name = node.name if index == 0 else f"{node.name}_{index}"
-            # Shapes in between speak of the tracer's symbols; runtimes infer their own.
-            value.shape, value.type = None, None
+            # Shapes in between speak of the tracer's symbols; runtimes infer their own. What a
+            # subgraph returns must keep its type.
+            value.shape = None
+            if not value.is_graph_output():
+                value.type = None
 
 
 def operators(model: ir.Model) -> dict[str, int]:
-    """How often each operator occurs, as ``domain::name`` ("" for ONNX's own domain left out)."""
-    counts = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph)
+    """How often each operator occurs, in branches too, as ``domain::name`` or ``name``."""
+    nodes = model.graph.all_nodes()
+    counts = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in nodes)
     return dict(sorted(counts.items()))
 
 

@@ -11,6 +11,7 @@ from rope_export.errors import BadInputError
 from rope_export.lowering import rules
 
 _DEFAULT_LONGEST = 4096
+PADDINGS = ("right", "left")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Plan:
         dtype: of weights and activations.
         longest: longest sequence served.
         position_ids: whether positions are a graph input.
+        cache: whether past keys and values come in and present ones go out.
+        attention_mask: whether a mask comes in, as it always does with ``cache``.
+        padding: the side on which prompts are padded.
         static: one batch and length instead of dynamic ones.
         batch: rows of a static graph.
         seed: of the inputs of the proof.
@@ -36,6 +40,9 @@ class Plan:
     static: bool
     batch: int
     seed: int
+    cache: bool = False
+    attention_mask: bool = False
+    padding: str = "right"
 
     @classmethod
     def checked(
@@ -49,6 +56,9 @@ class Plan:
         static: bool,
         batch: int,
         seed: int,
+        cache: bool = False,
+        attention_mask: bool = False,
+        padding: str = "right",
     ) -> Plan:
         """Check a request against the block.
 
@@ -93,14 +103,48 @@ class Plan:
                 f"position_ids must be an input: tokens have {block.rope.axes} axes with scaling "
                 f"{block.rope.scaling}"
             )
-        plan = cls(target, chosen, dtypes.pop(), longest, position_ids, static, batch, seed)
+        if cache and not block.causal:
+            raise BadInputError(
+                "cache needs causal attention: an earlier token would have to see later ones, "
+                "got causal=False"
+            )
+        if cache and static:
+            raise BadInputError(
+                "cache needs dynamic lengths, one graph for prefill and decode: got static=True"
+            )
+        if cache and longest < 2:
+            raise BadInputError(f"max_seq_len must be at least 2 with cache, got {longest}")
+        if padding not in PADDINGS:
+            raise BadInputError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+        if padding == "left" and not (cache or attention_mask):
+            raise BadInputError("padding needs cache or attention_mask, got padding='left' alone")
+        plan = cls(
+            target,
+            chosen,
+            dtypes.pop(),
+            longest,
+            position_ids,
+            static,
+            batch,
+            seed,
+            cache,
+            attention_mask or cache,
+            padding,
+        )
         plan.choose(block)
         return plan
 
     def situations(self, block: Attention, providers: Sequence[str]) -> list[rules.Situation]:
         """Describe ``block`` to the rules, once for each of ``providers``."""
         return rules.situations(
-            block, providers, dtype=self.dtype, implied_positions=not self.position_ids
+            block,
+            providers,
+            dtype=self.dtype,
+            implied_positions=not self.position_ids,
+            longest=self.longest,
+            cache=self.cache,
+            mask=self.attention_mask,
+            padding=self.padding,
         )
 
     def choose(self, block: Attention) -> rules.Choice:

@@ -7,6 +7,7 @@ Query rows are processed in slices, so memory grows linearly with the sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,10 @@ class Semantics:
         found: what the RoPE type comes down to, or None without RoPE.
         layout: which channels form a pair.
         decay: xPos's decay of each pair over one position, ``[r / 2]`` float64, or None.
+        window: how many tokens a causal query sees, or how far another sees, or None.
+        softcap: bound of the scores, or None.
+        sinks: a score for each query head that adds nothing, ``[H]`` float64, or None.
+        norm_eps: added to the mean square of query and key heads, or None without a norm.
         query_shift: added to the positions of queries only (0 in a correct block).
         value_roll: rolls the value heads by so many (0 in a correct block).
     """
@@ -46,6 +51,10 @@ class Semantics:
     found: Frequencies | None
     layout: str
     decay: Tensor | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None
+    norm_eps: float | None = None
     query_shift: int = 0
     value_roll: int = 0
 
@@ -66,6 +75,10 @@ class Semantics:
             found=None if rope is None else rope.found,
             layout="half" if rope is None else rope.layout,
             decay=decay,
+            window=block.window,
+            softcap=block.softcap,
+            sinks=None if block.sinks is None else block.sinks.detach().double(),
+            norm_eps=None if block.q_norm is None else block.q_norm.eps,
         )
 
 
@@ -122,6 +135,53 @@ def _project(layer: nn.Linear, x: Tensor, heads: int) -> Tensor:
     return rearrange(torch.cat(parts, dim=1), "b s (h d) -> b h s d", h=heads)
 
 
+def _normalise(x: Tensor, norm: nn.RMSNorm | None, eps: float | None) -> Tensor:
+    if norm is None or eps is None:
+        return x
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.weight.detach().double()
+
+
+@torch.no_grad()
+def keys_and_values(
+    block: Attention,
+    hidden_states: Tensor,
+    *,
+    position_ids: Tensor | None = None,
+    calls: Sequence[int] = (),
+    semantics: Semantics | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Rotated keys and values in float64, as a cache holds them.
+
+    Arguments as of `attention_truth`.
+
+    Returns:
+        ``[B, G, S, head_dim]`` and ``[B, G, S, value_head_dim]`` float64.
+    """
+    meaning = semantics or Semantics.of(block)
+    length = hidden_states.shape[1]
+    positions = torch.arange(length) if position_ids is None else position_ids
+    k = _project(block.k_proj, hidden_states, meaning.num_kv_heads)
+    v = _project(block.v_proj, hidden_states, meaning.num_kv_heads)
+    k = _normalise(k, block.k_norm, meaning.norm_eps)
+    return _turned(k, positions, meaning, calls, of_queries=False), v.roll(meaning.value_roll, 1)
+
+
+def _turned(
+    x: Tensor, positions: Tensor, meaning: Semantics, calls: Sequence[int], *, of_queries: bool
+) -> Tensor:
+    """Rotate all tokens; those of one call share the frequencies of its largest position."""
+    if meaning.found is None:
+        return x
+    ends = [end for end in calls if end < x.shape[-2]] + [x.shape[-2]]
+    parts, start = [], 0
+    for end in ends:
+        now = positions[..., start:end]
+        longest = int(now.max()) + 1
+        parts.append(_turned_at(x[..., start:end, :], now, meaning, longest, of_queries=of_queries))
+        start = end
+    return torch.cat(parts, dim=-2)
+
+
 @torch.no_grad()
 def attention_truth(
     block: Attention,
@@ -129,15 +189,20 @@ def attention_truth(
     *,
     position_ids: Tensor | None = None,
     rows: Tensor | None = None,
+    lengths: Tensor | None = None,
+    calls: Sequence[int] = (),
     semantics: Semantics | None = None,
 ) -> Tensor:
-    """Evaluate the block in float64 on its own (rounded) weights and inputs.
+    """Evaluate the block in float64 on its own (rounded) weights and inputs, in one full pass.
 
     Args:
         block: gives the weights.
-        hidden_states: ``[B, S, hidden_size]``, any floating dtype.
+        hidden_states: ``[B, S, hidden_size]``, any floating dtype; no padding before a token.
         position_ids: ``[B, S]`` or ``[S]``, implied as ``0 … S - 1``; ``[A, B, S]`` with axes.
         rows: ascending query rows to evaluate, or None for all.
+        lengths: tokens in each row ``[B]`` when some are shorter; what is beyond is not seen.
+        calls: where the calls of a chunked pass end, ascending; frequencies that follow the
+            length follow that of the call in which a token is rotated.
         semantics: what to compute, if not what ``block`` states.
 
     Returns:
@@ -147,41 +212,97 @@ def attention_truth(
     length = hidden_states.shape[1]
     positions = torch.arange(length) if position_ids is None else position_ids
     picked = torch.arange(length) if rows is None else rows
-    q = _project(block.q_proj, hidden_states[:, picked], meaning.num_heads)
-    k = _project(block.k_proj, hidden_states, meaning.num_kv_heads)
-    v = _project(block.v_proj, hidden_states, meaning.num_kv_heads)
-    v = v.roll(meaning.value_roll, dims=1)
-    if meaning.found is not None:
+    k, v = keys_and_values(
+        block, hidden_states, position_ids=position_ids, calls=calls, semantics=meaning
+    )
+    of_rows = calls or rows is None
+    q = _project(
+        block.q_proj, hidden_states if of_rows else hidden_states[:, picked], meaning.num_heads
+    )
+    q = _normalise(q, block.q_norm, meaning.norm_eps)
+    if of_rows:
+        q = _turned(q, positions, meaning, calls, of_queries=True)[..., picked, :]
+    else:
         longest = int(positions.max()) + 1
-        q_positions = positions[..., picked] + meaning.query_shift
-        of_q, of_k = (exact_angles(p, meaning.found, longest) for p in (q_positions, positions))
-        q_length = k_length = torch.tensor(meaning.found.attention_factor, dtype=torch.float64)
-        if meaning.decay is not None:  # one position on all axes: xPos has no other
-            q_length = q_length * meaning.decay ** q_positions.unsqueeze(-1)
-            k_length = k_length / meaning.decay ** positions.unsqueeze(-1)
-        q = rotate_exactly(q, of_q, meaning.layout, q_length)
-        k = rotate_exactly(k, of_k, meaning.layout, k_length)
+        q = _turned_at(q, positions[..., picked], meaning, longest, of_queries=True)
     q = rearrange(q * meaning.scale, "b (h g) s d -> b h g s d", h=meaning.num_kv_heads)
     k, v = k.unsqueeze(2), v.unsqueeze(2)
+    sinks = None
+    if meaning.sinks is not None:
+        sinks = rearrange(meaning.sinks, "(h g) -> h g 1 1", h=meaning.num_kv_heads)
     out_weight = block.o_proj.weight.detach().double()
     out_bias = None if block.o_proj.bias is None else block.o_proj.bias.detach().double()
-    step = max(1, _SLICE_ELEMENTS // (hidden_states.shape[0] * meaning.num_heads * length))
+    width = length if meaning.window is None else min(length, 2 * meaning.window + 1)
+    step = max(1, _SLICE_ELEMENTS // (hidden_states.shape[0] * meaning.num_heads * width))
+    step = step if meaning.window is None else min(step, max(16, meaning.window))
     outputs = []
     for start in range(0, len(picked), step):
         rows_now = picked[start : start + step]
-        seen = int(rows_now[-1]) + 1 if meaning.causal else length
-        scores = q[..., start : start + step, :] @ k[..., :seen, :].transpose(-1, -2)
-        if meaning.causal:
-            scores.masked_fill_(torch.arange(seen) > rows_now.unsqueeze(1), -torch.inf)
-        scores -= scores.amax(dim=-1, keepdim=True)
-        weights = scores.exp_()
-        weights /= weights.sum(dim=-1, keepdim=True)
-        context = rearrange(weights @ v[..., :seen, :], "b h g s d -> b s (h g d)")
+        first, last = _seen(rows_now, length, meaning)
+        keys = torch.arange(first, last)
+        scores = q[..., start : start + step, :] @ k[..., first:last, :].transpose(-1, -2)
+        if meaning.softcap is not None:
+            scores = meaning.softcap * torch.tanh(scores / meaning.softcap)
+        hidden = _hidden(rows_now.unsqueeze(1), keys, meaning)
+        if lengths is not None:
+            beyond = keys >= lengths.unsqueeze(1)
+            hidden = hidden | beyond[:, None, None, None, :]
+        scores = scores.masked_fill(hidden, -torch.inf)
+        largest = scores.amax(dim=-1, keepdim=True)
+        if sinks is not None:
+            largest = torch.maximum(largest, sinks)
+        weights = (scores - largest).exp_()
+        total = weights.sum(dim=-1, keepdim=True)
+        if sinks is not None:
+            total = total + (sinks - largest).exp()
+        weights /= total
+        context = rearrange(weights @ v[..., first:last, :], "b h g s d -> b s (h g d)")
         outputs.append(torch.nn.functional.linear(context, out_weight, out_bias))
     return torch.cat(outputs, dim=1)
 
 
+def _turned_at(
+    x: Tensor, positions: Tensor, meaning: Semantics, longest: int, *, of_queries: bool
+) -> Tensor:
+    """Rotate some tokens of a pass whose largest position is ``longest - 1``."""
+    found = meaning.found
+    if found is None:
+        return x
+    now = positions + (meaning.query_shift if of_queries else 0)
+    length = torch.tensor(found.attention_factor, dtype=torch.float64)
+    if meaning.decay is not None:  # one position on all axes: xPos has no other
+        scale = meaning.decay ** now.unsqueeze(-1)
+        length = length * scale if of_queries else length / scale
+    return rotate_exactly(x, exact_angles(now, found, longest), meaning.layout, length)
+
+
+def _seen(rows: Tensor, length: int, meaning: Semantics) -> tuple[int, int]:
+    """The range of keys that any of the rows can see."""
+    first, last = 0, length
+    if meaning.causal:
+        last = int(rows[-1]) + 1
+        if meaning.window is not None:
+            first = max(0, int(rows[0]) - meaning.window + 1)
+    elif meaning.window is not None:
+        first = max(0, int(rows[0]) - meaning.window)
+        last = min(length, int(rows[-1]) + meaning.window + 1)
+    return first, last
+
+
+def _hidden(rows: Tensor, keys: Tensor, meaning: Semantics) -> Tensor:
+    if meaning.causal:
+        hidden = keys > rows
+        if meaning.window is not None:
+            hidden |= keys <= rows - meaning.window
+        return hidden
+    if meaning.window is None:
+        return torch.zeros(len(rows), len(keys), dtype=torch.bool)
+    return (keys - rows).abs() > meaning.window
+
+
 def truth_flops(block: Attention, batch: int, length: int) -> float:
     """Floating-point operations of the scores and the mix, all rows."""
-    full = 4.0 * batch * block.num_heads * block.head_dim * length * length
-    return full / 2 if block.causal else full
+    per_pair = 2.0 * batch * block.num_heads * (block.head_dim + block.value_head_dim)
+    seen = length if block.window is None else min(length, 2 * block.window)
+    full = per_pair * length * seen
+    return full / 2 if block.causal and block.window is None else full

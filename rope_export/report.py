@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rope_export import artifact
-from rope_export.comparison import Errors
+from rope_export.comparison import Bound, Errors
 
 
 @dataclass(frozen=True)
@@ -18,26 +18,42 @@ class CaseResult:
     Attributes:
         provider: where it ran.
         name: what it covers.
+        tensor: the graph output compared.
         batch: rows.
         sequence: new tokens.
-        past: cached tokens before them.
-        rows: query rows compared for each batch row: all, or a sample of a long sequence.
+        past: cached tokens before them, of the longest row.
+        tokens: how many were compared: all that are no padding, or a sample of a long sequence.
         errors: the provider against float64 truth.
-        eager: eager PyTorch against float64 truth.
-        tolerance: what the provider is held to.
+        bound: eager PyTorch against float64 truth, and what the provider is held to.
         reason: why it could not run, or None.
     """
 
     provider: str
     name: str
+    tensor: str
     batch: int
     sequence: int
     past: int
-    rows: int
+    tokens: int
     errors: Errors
-    eager: Errors
-    tolerance: Errors
+    bound: Bound
     reason: str | None = None
+
+    @property
+    def eager(self) -> Errors:
+        """Eager PyTorch against float64 truth."""
+        return self.bound.eager
+
+    @property
+    def tolerance(self) -> Errors:
+        """What the provider is held to."""
+        return self.bound.tolerance
+
+    @property
+    def shape(self) -> str:
+        """``[batch, sequence]``, and the past where there is one."""
+        after = f" after {self.past}" if self.past else ""
+        return f"[{self.batch}, {self.sequence}]{after}"
 
     @property
     def passed(self) -> bool:
@@ -49,10 +65,11 @@ class CaseResult:
         return {
             "provider": self.provider,
             "name": self.name,
+            "tensor": self.tensor,
             "batch": self.batch,
             "sequence": self.sequence,
             "past": self.past,
-            "rows": self.rows,
+            "tokens": self.tokens,
             "max_abs_error": _finite(self.errors.max_abs),
             "rel_error": _finite(self.errors.rel),
             "row_rel_error": _finite(self.errors.row),
@@ -171,6 +188,7 @@ def _markdown(report: Report) -> list[str]:
         f"- attention `{graph['attention']}`, rotation `{graph['rotation']}`",
     ]
     lines += [f"- passed over: {reason}" for reason in graph["passed_over"]]
+    lines += [f"- at run time: {branch}" for branch in graph["branches"]]
     operators = ", ".join(f"{count} `{name}`" for name, count in graph["ops"].items())
     lines += [f"- operators: {operators}", f"- `model.onnx` SHA-256 `{graph['sha256']}`", ""]
     lines += ["## Providers", "", "| provider | status | nodes really placed |", "|---|---|---|"]
@@ -182,15 +200,15 @@ def _markdown(report: Report) -> list[str]:
         lines += ["", "## Comparisons", ""]
         lines += ["Relative L2 errors against float64 truth on the same rounded weights.", ""]
         lines += [
-            "| provider | case | batch | length | past | rows | error | eager's | tolerance "
-            "| worst row | its tolerance | max abs | verdict |",
-            "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
+            "| provider | case | tensor | batch | length | past | tokens | error | eager's "
+            "| tolerance | worst token | its tolerance | max abs | verdict |",
+            "|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
         ]
     for case in report.cases:
         verdict = "ok" if case.passed else f"**FAILED** {case.reason or ''}".strip()
         lines.append(
-            f"| {case.provider} | {case.name} | {case.batch} | {case.sequence} | {case.past} "
-            f"| {case.rows} | {case.errors.rel:.2e} | {case.eager.rel:.2e} "
+            f"| {case.provider} | {case.name} | {case.tensor} | {case.batch} | {case.sequence} "
+            f"| {case.past} | {case.tokens} | {case.errors.rel:.2e} | {case.eager.rel:.2e} "
             f"| {case.tolerance.rel:.2e} | {case.errors.row:.2e} | {case.tolerance.row:.2e} "
             f"| {case.errors.max_abs:.2e} | {verdict} |"
         )

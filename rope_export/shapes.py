@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from rope_export.angles import FINE_ROWS
+from rope_export.lowering.rules import BLOCKS_TO_WIN, SMALLEST_BLOCK
 from rope_export.reference import truth_flops
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 STORED_BYTES = 64 * 2**20
 # Beyond this many operations (about ten seconds of float64 here) truth is sampled.
 TRUTH_FLOPS = 1e12
-TRACED_BATCH, TRACED_LENGTH = 2, 6
+TRACED_BATCH, TRACED_LENGTH, TRACED_PAST = 2, 6, 5
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,11 @@ class Shape:
     Attributes:
         name: what it covers.
         batch: rows.
-        sequence: tokens in each.
+        sequence: new tokens in each.
+        pasts: cached tokens of each row before them; empty without a cache.
+        lengths: new tokens of each row that are no padding; empty when none is.
+        steps: when not empty, one full pass that is run in several calls: how many tokens each row
+            is given in each.
         loud: whether inputs are much larger, so that a weak mask or a clipped score shows.
         every_position_below: with ``position_ids``, whether every position below this occurs; 0
             for positions as callers send them.
@@ -36,14 +41,40 @@ class Shape:
     name: str
     batch: int
     sequence: int
+    pasts: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    steps: tuple[tuple[int, ...], ...] = ()
     loud: bool = False
     every_position_below: int = 0
     sampled: bool = False
     stored: bool = True
 
+    @property
+    def past(self) -> int:
+        """Cached tokens of the longest row."""
+        return max(self.pasts, default=0)
+
+    @property
+    def total(self) -> int:
+        """Cached and new tokens of the longest row."""
+        return self.past + self.sequence
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows have as many tokens, before and now."""
+        return len(set(self.pasts)) <= 1 and not self.lengths
+
 
 def plan_shapes(
-    block: Attention, *, longest: int, batch: int, static: bool, with_positions: bool
+    block: Attention,
+    *,
+    longest: int,
+    batch: int,
+    static: bool,
+    with_positions: bool,
+    cache: bool = False,
+    mask: bool = False,
+    by_rows: bool = True,
 ) -> list[Shape]:
     """Choose what to prove, and which of it to store.
 
@@ -53,12 +84,19 @@ def plan_shapes(
         batch: rows of a static graph.
         static: whether the graph has one shape only.
         with_positions: whether ``position_ids`` is an input.
+        cache: whether past and present are.
+        mask: whether ``attention_mask`` is.
+        by_rows: whether several new tokens of a batch with a past are one call.
     """
     if static:
         rows = [Shape("fixed", batch, longest), Shape("fixed again", batch, longest)]
         if with_positions:
             rows[0] = replace(rows[0], every_position_below=_table_rows(block, longest))
-        return _within_cap(block, [*rows, Shape("fixed, loud", batch, longest, loud=True)], True)
+        if mask:
+            lengths = tuple(max(1, longest - row % longest - longest // 3) for row in range(batch))
+            rows.append(Shape("fixed, padded", batch, longest, lengths=lengths))
+        rows.append(Shape("fixed, loud", batch, longest, loud=True))
+        return _within_cap(block, rows, with_positions, cache)
     wanted = [
         Shape("one token", 1, 1),
         Shape("odd length", 1, _odd(min(13, longest))),
@@ -78,8 +116,86 @@ def plan_shapes(
         if switch < longest:
             wanted.append(Shape("past the switch", 1, switch + 1))
     wanted.append(_covering("longest", longest, rows_wanted))
-    distinct = {(s.batch, s.sequence, s.every_position_below): s for s in wanted}
-    return _within_cap(block, list(distinct.values()), with_positions)
+    wanted += _by_window(block, longest, cache=cache)
+    if mask:
+        length = min(13, longest)
+        lengths = tuple(min(length, n) for n in (13, 1, 7, 12))
+        wanted.append(Shape("rows of different lengths", 4, length, lengths=lengths))
+    if cache:
+        # Frequencies that follow the length follow that of the call: rows in step, up to there.
+        together = longest if switch is None else min(longest, switch)
+        wanted += _with_past(longest, together, by_rows=by_rows)
+        wanted += _in_calls(min(32, together), with_rows=by_rows)
+    distinct = {
+        (s.batch, s.sequence, s.pasts, s.lengths, s.steps, s.every_position_below): s
+        for s in wanted
+    }
+    return _within_cap(block, list(distinct.values()), with_positions, cache)
+
+
+def _by_window(block: Attention, longest: int, *, cache: bool) -> list[Shape]:
+    """Either side of the window, and of the length from which it is computed by blocks."""
+    window = block.window
+    if window is None:
+        return []
+    size = max(window, SMALLEST_BLOCK)
+    shapes = [
+        Shape("blocks of the window", 2, length)
+        for length in (BLOCKS_TO_WIN * size, BLOCKS_TO_WIN * size + 1)
+        if length <= longest
+    ]
+    if window < longest:
+        shapes.append(Shape("one more than the window", 1, window + 1))
+    if cache:
+        shapes += [
+            Shape(f"decode, {place} the window", 1, 1, pasts=(past,))
+            for place, past in (("below", window - 1), ("at", window), ("above", window + 1))
+            if past < longest
+        ]
+        if window + 3 <= longest:
+            shapes.append(Shape("chunk across the window", 1, 4, pasts=(window - 1,)))
+    return shapes
+
+
+def _with_past(longest: int, together: int, *, by_rows: bool) -> list[Shape]:
+    """One call each, its past given."""
+    wanted = [
+        Shape("decode after one", 2, 1, pasts=(1, 1)),
+        Shape("decode", 2, 1, pasts=(16, 16)),
+        Shape("decode, loud", 2, 1, pasts=(21, 21), loud=True),
+        Shape("decode at capacity", 1, 1, pasts=(longest - 1,)),
+        Shape("chunk", 1, 5, pasts=(9,)),
+        Shape("chunk up to capacity", 1, 3, pasts=(longest - 3,)),
+    ]
+    shapes = [s for s in wanted if min(s.pasts) >= 0 and s.total <= longest]
+    rows = [Shape("decode, rows of different lengths", 3, 1, pasts=(14, 3, 9))]
+    if by_rows:
+        rows += [
+            Shape("chunk of a batch", 3, 4, pasts=(9, 9, 9)),
+            Shape("chunk, rows of different lengths", 3, 6, pasts=(11, 2, 6)),
+            Shape("padded chunk", 3, 6, pasts=(11, 2, 6), lengths=(4, 6, 1)),
+        ]
+    return [*shapes, *(s for s in rows if s.total <= together)]
+
+
+def _in_calls(length: int, *, with_rows: bool) -> list[Shape]:
+    """The batch of five once more, in several calls: chunks and tokens, rows in and out of step."""
+    rows = 5
+    if length < 8:
+        return []
+    third = length // 3
+    chunks = [third, third] if with_rows else [third]
+    wanted = [
+        [*((n,) * rows for n in chunks), *[(1,) * rows] * min(8, length - sum(chunks))],
+        [(third, 1, third // 2 + 1, third, 2), *[(1,) * rows] * min(6, length - third)],
+    ]
+    if with_rows:
+        wanted.append([(2, third, 1, 3, third), (third, 1, 4, 2, 3), (1,) * rows, (1,) * rows])
+    names = ("prefill and decode", "prefill and decode, rows of different lengths", "padded chunks")
+    return [
+        Shape(name, rows, length, steps=tuple(steps))
+        for name, steps in zip(names, wanted, strict=False)
+    ]
 
 
 def turning_point(block: Attention) -> int | None:
@@ -105,25 +221,33 @@ def _covering(name: str, longest: int, positions: int) -> Shape:
     return Shape(name, batch, length, every_position_below=positions)
 
 
-def _within_cap(block: Attention, shapes: list[Shape], with_positions: bool) -> list[Shape]:
+def _within_cap(
+    block: Attention, shapes: list[Shape], with_positions: bool, cache: bool
+) -> list[Shape]:
     """Say which shapes are stored; one too long to be is followed by the longest that fits."""
-    token_bytes = 2 * block.hidden_size * block.q_proj.weight.element_size() + 8 * with_positions
+    element = block.q_proj.weight.element_size()
+    cached_bytes = block.num_kv_heads * (block.head_dim + block.value_head_dim) * element * cache
+    token_bytes = 2 * block.hidden_size * element + 8 * with_positions + cached_bytes
     affordable = int((TRUTH_FLOPS / truth_flops(block, 1, 1)) ** 0.5)
     left = STORED_BYTES
     planned = []
+
+    def work(shape: Shape) -> int:
+        return shape.batch * (shape.total if shape.past else shape.sequence)
+
     # The two ends come first, so that what has to give is the middle.
-    for shape in sorted(shapes, key=lambda s: (s.name == "middle", s.batch * s.sequence)):
-        size = shape.batch * shape.sequence * token_bytes
-        sampled = truth_flops(block, shape.batch, shape.sequence) > TRUTH_FLOPS
-        stored = not sampled and size <= left
+    for shape in sorted(shapes, key=lambda s: (s.name == "middle", work(s))):
+        size = shape.batch * (shape.sequence * token_bytes + 2 * shape.past * cached_bytes)
+        sampled = not shape.past and truth_flops(block, shape.batch, shape.sequence) > TRUTH_FLOPS
+        stored = not sampled and size <= left and not shape.lengths
         if not stored and shape.name == "longest":
             fitting = min(left // token_bytes, affordable, shape.sequence - 1)
             if fitting > 0:
                 planned.append(Shape("longest stored", 1, fitting))
                 left -= fitting * token_bytes
         planned.append(replace(shape, sampled=sampled, stored=stored))
-        left -= size if stored else 0
-    return sorted(planned, key=lambda s: s.batch * s.sequence)
+        left -= size if stored and not shape.steps else 0
+    return sorted(planned, key=lambda s: (bool(s.steps), work(s)))
 
 
 def _odd(length: int) -> int:

@@ -45,17 +45,16 @@ def random_block(
     rotary_dim: int | None = None,
     layout: Layout = "half",
     max_seq_len: int,
-    causal: bool = True,
-    qkv_bias: bool = False,
     dtype: str = "float32",
     seed: int = 0,
+    **variant: Any,
 ) -> Attention:
     """Make a block whose weights depend on ``seed`` alone; the global generator is untouched.
 
     Every argument is checked, and the size against this machine's memory, before anything is
-    allocated. Arguments as of `Attention` and `RotaryEmbedding`; ``theta`` defaults to
-    ``scaling["rope_theta"]`` or 10000, ``rotary_dim`` to the share of ``head_dim`` that
-    ``scaling["partial_rotary_factor"]`` states, or all of it.
+    allocated. Arguments as of `RotaryEmbedding` and `Attention`, whose optional ones ``variant``
+    has; ``theta`` defaults to ``scaling["rope_theta"]`` or 10000, ``rotary_dim`` to the share of
+    ``head_dim`` that ``scaling["partial_rotary_factor"]`` states, or all of it.
 
     Raises:
         BadInputError: an argument is out of range, or the block does not fit in memory.
@@ -86,8 +85,7 @@ def random_block(
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             rope=rope,
-            causal=causal,
-            qkv_bias=qkv_bias,
+            **variant,
         )
 
     with torch.device("meta"):
@@ -104,4 +102,11 @@ def random_block(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         block = build()
+        # What training would move from where it starts: at 1 and 0 it could be left out unseen.
+        with torch.no_grad():
+            for norm in (block.q_norm, block.k_norm):
+                if norm is not None:
+                    norm.weight.uniform_(0.5, 1.5)
+            if block.sinks is not None:
+                block.sinks.normal_()
     return block.to(getattr(torch, dtype)).eval()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +12,44 @@ import numpy as np
 import numpy.typing as npt
 
 from rope_export import runtime
-from rope_export.artifact import Artifact, read_vector
-from rope_export.comparison import Errors, errors_against
+from rope_export.artifact import Artifact, Vector, read_vector
+from rope_export.comparison import Bound, Errors, errors_against
 from rope_export.errors import BadInputError, ProviderUnavailableError
 from rope_export.report import CaseResult, ProviderStatus, Report
 
 Array = npt.NDArray[Any]
+Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 Progress = Callable[[str], None]
 OUTPUT = "output"
+PRESENTS = ("present_key", "present_value")
+_INFINITE = Errors(math.inf, math.inf, math.inf)
 
 
 def silent(_: str) -> None:
     """Progress that goes nowhere."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one tensor should hold at some of its tokens.
+
+    Attributes:
+        truth: ``[tokens, width]`` float64; of keys and values, all heads of a token in one row.
+        at: batch row and place of each of those tokens; keys and values have their places on the
+            third axis.
+        bound: how close is close enough.
+    """
+
+    truth: npt.NDArray[np.float64]
+    at: Places
+    bound: Bound
+
+    def take(self, tensor: Array) -> Array:
+        """The tokens in question of an output ``[B, S, width]`` or a cache ``[B, G, T, width]``."""
+        row, place = self.at
+        if tensor.ndim == 3:
+            return tensor[row, place]
+        return tensor[row, :, place].reshape(len(row), -1)
 
 
 @dataclass(frozen=True)
@@ -34,13 +60,12 @@ class Trial:
         name: what it covers.
         batch: rows.
         sequence: new tokens.
-        past: cached tokens before them.
+        past: cached tokens before them, of the longest row.
         inputs: by graph input name.
-        truth: ``[B, R, hidden]`` float64, of the sampled rows or of all.
-        rows: the sampled query rows ``[R]``, or None when truth has all of them.
-        eager: PyTorch's own errors against the truth, in the block's dtype.
-        tolerance: what any provider is held to, derived from ``eager`` and the dtype.
-        stored: whether the artifact keeps it as a test vector.
+        expected: by graph output name.
+        outputs: whole graph outputs, for storing; empty when it is not stored.
+        steps: when not empty, the inputs are one full pass that is run in several calls through
+            `runtime.Decoder`: how many tokens each row is given in each.
     """
 
     name: str
@@ -48,15 +73,18 @@ class Trial:
     sequence: int
     past: int
     inputs: dict[str, Array]
-    truth: npt.NDArray[np.float64]
-    rows: npt.NDArray[np.int64] | None
-    eager: Errors
-    tolerance: Errors
-    stored: bool
+    expected: dict[str, Expected]
+    outputs: dict[str, Array]
+    steps: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def stored(self) -> bool:
+        """Whether the artifact keeps it as a test vector."""
+        return bool(self.outputs)
 
 
 def run_trials(
-    model: Path, provider: str, trials: Iterable[Trial], progress: Progress
+    artifact: Artifact, provider: str, trials: Iterable[Trial], progress: Progress
 ) -> tuple[ProviderStatus, list[CaseResult]]:
     """Run every trial on ``provider`` and compare.
 
@@ -67,61 +95,152 @@ def run_trials(
     """
     runtime.require(provider)
     try:
-        session = runtime.Session.open(model, provider)
+        session = runtime.Session.open(artifact.model, provider)
     except RuntimeError as error:
         reason = f"the graph does not load: {error}"
-        return ProviderStatus("unavailable", reason), [_failed(provider, t, reason) for t in trials]
+        failures = [_failed(provider, t, reason) for t in trials]
+        return ProviderStatus("unavailable", reason), failures
     if session.misplaced:
-        reason = (
-            f"{', '.join(session.misplaced)} was placed on another provider: "
-            f"no kernel for it on {provider}"
-        )
+        reason = session.misplacement
         status = ProviderStatus("unavailable", reason, session.nodes)
         return status, [_failed(provider, t, reason) for t in trials]
-    results = []
+    results: list[CaseResult] = []
     for trial in trials:
         progress(f"{provider}: {trial.name} [{trial.batch}, {trial.sequence}]")
-        results.append(_run(session, trial))
+        results += _run(session, trial, artifact.cache)
     return ProviderStatus("ok", None, session.nodes), results
 
 
-def _run(session: runtime.Session, trial: Trial) -> CaseResult:
+def _run(
+    session: runtime.Session, trial: Trial, cache: dict[str, Any] | None
+) -> Iterator[CaseResult]:
     if sorted(session.input_names) != sorted(trial.inputs):
         wanted, got = ", ".join(trial.inputs), ", ".join(session.input_names)
-        return _failed(session.provider, trial, f"the graph's inputs are {got}, not {wanted}")
+        yield _failed(session.provider, trial, f"the graph's inputs are {got}, not {wanted}")
+        return
     try:
-        outputs = session.run(trial.inputs)
-    except RuntimeError as error:
-        return _failed(session.provider, trial, str(error))
-    if OUTPUT not in outputs:
-        return _failed(session.provider, trial, f"the graph has no output {OUTPUT!r}")
-    output = outputs[OUTPUT]
-    whole = (trial.batch, trial.sequence, trial.truth.shape[-1])
-    if output.shape != whole:
-        return _failed(session.provider, trial, f"output is {output.shape}, not {whole}")
-    expected = trial.inputs["hidden_states"].dtype
-    if output.dtype != expected:
-        return _failed(session.provider, trial, f"output is {output.dtype}, not {expected}")
-    if trial.rows is not None:
-        output = output[:, trial.rows]
-    return _result(session.provider, trial, errors_against(trial.truth, output), None)
+        outputs = _driven(session, trial, cache) if trial.steps else session.run(trial.inputs)
+    except (RuntimeError, BadInputError) as error:
+        yield _failed(session.provider, trial, str(error))
+        return
+    for name, expected in trial.expected.items():
+        why = _unlike(outputs, name, trial)
+        errors = _INFINITE
+        if why is None:
+            errors = errors_against(expected.truth, expected.take(outputs[name]))
+        yield _result(session.provider, trial, name, errors, why)
+
+
+def _unlike(outputs: dict[str, Array], name: str, trial: Trial) -> str | None:
+    """Why an output cannot be compared, or None."""
+    if name not in outputs:
+        return f"the graph has no output {name!r}"
+    got, hidden = outputs[name], trial.inputs["hidden_states"]
+    if name == OUTPUT:
+        whole: tuple[int, ...] = (trial.batch, trial.sequence, hidden.shape[-1])
+    else:
+        past = trial.inputs[name.replace("present", "past")]
+        total = trial.inputs["attention_mask"].shape[1]
+        whole = (trial.batch, past.shape[1], total, past.shape[3])
+    if got.shape != whole:
+        return f"{name} is {got.shape}, not {whole}"
+    if got.dtype != hidden.dtype:
+        return f"{name} is {got.dtype}, not {hidden.dtype}"
+    return None
+
+
+def _driven(
+    session: runtime.Session, trial: Trial, cache: dict[str, Any] | None
+) -> dict[str, Array]:
+    """Run the calls of a trial one after the other; the output as of one full pass."""
+    assert cache is not None  # only graphs with one have such trials
+    layout = runtime.CacheLayout(**cache)
+    taken = [sum(row) for row in zip(*trial.steps, strict=True)]
+    columns = sum(max(step) for step in trial.steps)
+    decoder = runtime.Decoder(
+        session, layout, batch=trial.batch, capacity=min(columns, layout.capacity)
+    )
+    hidden_states, ids = trial.inputs["hidden_states"], trial.inputs.get("position_ids")
+    output = np.zeros_like(hidden_states)
+    used = np.zeros(trial.batch, dtype=np.int64)
+    for step in trial.steps:
+        row, token, place = step_tokens(step, used, layout.padding)
+        length = max(step)
+        hidden = np.zeros((trial.batch, length, hidden_states.shape[-1]), hidden_states.dtype)
+        hidden[row, place] = hidden_states[row, token]
+        mask = np.zeros((trial.batch, length), dtype=np.int64)
+        mask[row, place] = 1
+        step_ids = None
+        if ids is not None:
+            step_ids = np.zeros((*ids.shape[:-1], length), dtype=np.int64)
+            step_ids[..., row, place] = ids[..., row, token]
+        if length == 1 and mask.all():
+            answer = decoder.decode(hidden, position_ids=step_ids)
+        else:
+            answer = decoder.prefill(hidden, attention_mask=mask, position_ids=step_ids)
+        output[row, token] = answer[row, place]
+        used += np.array(step)
+    assert used.tolist() == taken
+    return {OUTPUT: output}
+
+
+def step_tokens(
+    step: tuple[int, ...], used: npt.NDArray[np.int64], padding: str
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Which tokens a call is given: their batch rows, tokens in those, and columns of the call.
+
+    Args:
+        step: how many tokens each row is given.
+        used: how many it has been given before.
+        padding: the side on which shorter rows are padded.
+    """
+    length = max(step)
+    row = np.concatenate([np.full(count, index) for index, count in enumerate(step)])
+    nth = np.concatenate([np.arange(count) for count in step])
+    pad = length - np.array(step)[row] if padding == "left" else 0
+    return row.astype(np.int64), (nth + used[row]).astype(np.int64), (nth + pad).astype(np.int64)
+
+
+def new_places(mask: Array, length: int) -> Places:
+    """Batch row and column of every new token that is none of padding.
+
+    Args:
+        mask: ``[B, T]``.
+        length: new columns, the last of the mask.
+    """
+    row, column = np.nonzero(mask[:, mask.shape[1] - length :])
+    return row, column
+
+
+def cache_places(mask: Array, *, packs_rows: bool) -> Places:
+    """Batch row and slot in the present of every token that is none of padding, row by row.
+
+    Args:
+        mask: ``[B, T]``.
+        packs_rows: whether each row's tokens lie from its first slot on.
+    """
+    row, column = np.nonzero(mask)
+    return (row, (np.cumsum(mask, axis=1) - 1)[row, column]) if packs_rows else (row, column)
 
 
 def _failed(provider: str, trial: Trial, reason: str) -> CaseResult:
-    return _result(provider, trial, Errors(math.inf, math.inf, math.inf), reason)
+    return _result(provider, trial, OUTPUT, _INFINITE, reason)
 
 
-def _result(provider: str, trial: Trial, errors: Errors, reason: str | None) -> CaseResult:
+def _result(
+    provider: str, trial: Trial, name: str, errors: Errors, reason: str | None
+) -> CaseResult:
+    expected = trial.expected[name]
     return CaseResult(
         provider=provider,
         name=trial.name,
+        tensor=name,
         batch=trial.batch,
         sequence=trial.sequence,
         past=trial.past,
-        rows=trial.truth.shape[1],
+        tokens=len(expected.truth),
         errors=errors,
-        eager=trial.eager,
-        tolerance=trial.tolerance,
+        bound=expected.bound,
         reason=reason,
     )
 
@@ -134,29 +253,58 @@ def stored_trials(artifact: Artifact) -> Iterable[Trial]:
     """
     for vector in artifact.vectors:
         inputs, outputs = read_vector(artifact.path, vector)
-        tensors = [t for t in (inputs.get("hidden_states"), outputs.get(OUTPUT)) if t is not None]
-        kinds = {(t.shape[:-1], t.dtype) for t in tensors}
-        if (
-            len(tensors) != 2
-            or len(kinds) != 1
-            or kinds.pop()[0] != (vector.batch, vector.sequence)
-        ):
+        try:
+            expected = _stored_expectations(vector, inputs, outputs, artifact.cache)
+        except (KeyError, IndexError, ValueError) as error:
             raise BadInputError(
                 f"{artifact.path / vector.folder}: holds no vector of {vector.batch} x "
-                f"{vector.sequence} tokens"
-            )
+                f"{vector.sequence} tokens after {vector.past}"
+            ) from error
         yield Trial(
             name=vector.name,
             batch=vector.batch,
             sequence=vector.sequence,
             past=vector.past,
             inputs=inputs,
-            truth=outputs[OUTPUT].astype(np.float64),
-            rows=None,
-            eager=vector.eager,
-            tolerance=vector.tolerance,
-            stored=True,
+            expected=expected,
+            outputs=outputs,
+            steps=vector.steps,
         )
+
+
+def _stored_expectations(
+    vector: Vector,
+    inputs: dict[str, Array],
+    outputs: dict[str, Array],
+    cache: dict[str, Any] | None,
+) -> dict[str, Expected]:
+    """What the stored outputs say; raises ValueError, KeyError or IndexError if they cannot be."""
+    hidden, output = inputs["hidden_states"], outputs[OUTPUT]
+    if hidden.shape[:2] != (vector.batch, vector.sequence) or hidden.shape[:2] != output.shape[:2]:
+        raise ValueError
+    if hidden.dtype != output.dtype:
+        raise ValueError
+    mask = inputs.get("attention_mask", np.ones(hidden.shape[:2], dtype=np.int64))
+    if mask.shape[0] != vector.batch or mask.shape[1] < vector.sequence:
+        raise ValueError
+    places = {OUTPUT: new_places(mask, vector.sequence)}
+    if vector.steps:
+        places[OUTPUT] = given_places(vector.steps)
+    elif cache is not None:
+        of_cache = cache_places(mask, packs_rows=cache["packs_rows"])
+        places |= dict.fromkeys(PRESENTS, of_cache)
+    expected = {}
+    for name, bound in vector.bounds.items():
+        empty = Expected(np.zeros((0, 0)), places[name], bound)
+        expected[name] = replace(empty, truth=empty.take(outputs[name]).astype(np.float64))
+    return expected
+
+
+def given_places(steps: tuple[tuple[int, ...], ...]) -> Places:
+    """Batch row and place of every token that the steps give."""
+    given = [sum(row) for row in zip(*steps, strict=True)]
+    row, token, _ = step_tokens(tuple(given), np.zeros(len(given), dtype=np.int64), "right")
+    return row, token
 
 
 def replay(
@@ -186,7 +334,7 @@ def replay(
     for provider in named:
         runtime.require(provider)
     statuses, results = run_providers(
-        artifact.model,
+        artifact,
         list(stored_trials(artifact)),
         named=named,
         made_for=tuple(graph["providers"]),
@@ -203,7 +351,7 @@ def replay(
 
 
 def run_providers(
-    model: Path,
+    artifact: Artifact,
     trials: list[Trial],
     *,
     named: tuple[str, ...],
@@ -214,7 +362,7 @@ def run_providers(
     """Run the trials on each provider that is named, or else on each that can run the graph.
 
     Args:
-        model: the ONNX file.
+        artifact: holds the graph.
         trials: what to run.
         named: providers asked for; each must load.
         made_for: providers the graph was made for.
@@ -234,7 +382,7 @@ def run_providers(
         if reason is not None:
             statuses[provider] = ProviderStatus("unavailable", reason)
             continue
-        statuses[provider], cases = run_trials(model, provider, trials, progress)
+        statuses[provider], cases = run_trials(artifact, provider, trials, progress)
         results += cases
     if not results:
         reasons = "; ".join(f"{name}: {status.reason}" for name, status in statuses.items())

@@ -11,7 +11,7 @@ from rope_export.artifact import Artifact, sha256
 from rope_export.errors import BadInputError
 from rope_export.plan import Plan
 from rope_export.report import Report
-from rope_export.trial import Progress, Trial, run_providers, silent
+from rope_export.trial import OUTPUT, Progress, Trial, run_providers, silent
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
@@ -70,31 +70,49 @@ def make_trials(block: Attention, plan: Plan, progress: Progress) -> tuple[list[
     Raises:
         BadInputError: a static graph does not fit in memory.
     """
+    choice = plan.choose(block)
     longest, notes = _longest_that_fits(block, plan)
+    notes += choice.limits
+    if plan.cache and shapes.turning_point(block) is not None:
+        notes.append(
+            "frequencies follow the length: a cached key keeps those of the call it was rotated "
+            "in, so decoding across the switch differs from one full pass, in PyTorch as here"
+        )
     planned = shapes.plan_shapes(
         block,
         longest=longest,
         batch=plan.batch,
         static=plan.static,
         with_positions=plan.position_ids,
+        cache=plan.cache,
+        mask=plan.attention_mask,
+        by_rows=choice.by_rows or not choice.form.packs_rows,
     )
-    positions = block.rope.positions if plan.position_ids and block.rope else None
+    interface = cases.Interface(
+        positions=block.rope.positions if plan.position_ids and block.rope else None,
+        cache=plan.cache,
+        mask=plan.attention_mask,
+        padding=plan.padding,
+        packs_rows=choice.form.packs_rows,
+    )
     was_training = block.training
     block.eval()
     try:
         trials = cases.make_cases(
-            block, planned, seed=plan.seed, positions=positions, progress=progress
+            block, planned, seed=plan.seed, interface=interface, progress=progress
         )
     finally:
         block.train(was_training)
     for trial in trials:
-        if trial.rows is not None:
+        compared = len(trial.expected[OUTPUT].truth)
+        padded = "attention_mask" in trial.inputs and not trial.inputs["attention_mask"].all()
+        if compared < trial.batch * trial.sequence and not padded and not trial.steps:
             notes.append(
                 f"{trial.name} [{trial.batch}, {trial.sequence}] is compared on "
-                f"{len(trial.rows)} of its {trial.sequence} query rows (the first, the last and "
+                f"{compared} of its {trial.batch * trial.sequence} tokens (the first, the last and "
                 "random runs): float64 truth for all of them would take too long"
             )
-        if not trial.stored:
+        if not trial.stored and not padded:
             stored = max((t.sequence for t in trials if t.stored), default=0)
             longest_stored = f"the longest stored has {stored} tokens" if stored else "none fits"
             notes.append(
@@ -120,7 +138,7 @@ def prove(
     """
     artifact = Artifact.read(folder, verify=False)
     statuses, results = run_providers(
-        artifact.model,
+        artifact,
         trials,
         named=tuple(named),
         made_for=plan.providers,

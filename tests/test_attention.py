@@ -264,7 +264,7 @@ def test_the_parts_of_the_block_serve_chosen_query_rows():
     block, x, rows = ours_from(theirs), normal(2, 13, HIDDEN), torch.tensor([0, 5, 12])
     q, k, v = block.heads(x)
     mask = torch.arange(13) <= rows.unsqueeze(1)
-    actual = block.merge(block.attend(q[:, :, rows], k, v, mask=mask))
+    actual = block.merge(block.attend(q[:, :, rows], k, v, visible=mask))
     torch.testing.assert_close(actual, run_theirs(theirs, x)[:, rows], **CLOSE)
 
 
@@ -276,17 +276,17 @@ def test_the_state_dict_holds_weights_and_frequencies():
 
 NARROW = {"hidden_size": 8, "num_heads": 2}
 BAD_CONSTRUCTIONS = [
-    ({"hidden_size": 0}, "hidden_size must be at least 1, got 0"),
-    ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
-    ({"num_heads": -2}, "num_heads must be at least 1, got -2"),
-    ({"num_kv_heads": 0}, "num_kv_heads must be at least 1, got 0"),
+    ({"hidden_size": 0}, "hidden_size must be an integer above 0, got 0"),
+    ({"num_heads": 0}, "num_heads must be an integer above 0, got 0"),
+    ({"num_heads": -2}, "num_heads must be an integer above 0, got -2"),
+    ({"num_kv_heads": 0}, "num_kv_heads must be an integer above 0, got 0"),
     ({"num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads, got 2 and 3"),
     (
         {"num_heads": 3},
         "hidden_size must be a multiple of num_heads when head_dim is not given, got 8 and 3",
     ),
-    ({"head_dim": 0}, "head_dim must be at least 1, got 0"),
-    ({"head_dim": -8}, "head_dim must be at least 1, got -8"),
+    ({"head_dim": 0}, "head_dim must be an integer above 0, got 0"),
+    ({"head_dim": -8}, "head_dim must be an integer above 0, got -8"),
     ({"rope": RotaryEmbedding(6)}, "rotary_dim must be at most head_dim, got 6 and 4"),
     ({"scale": 0.0}, r"scale must be a finite number above 0, got 0\.0"),
     ({"scale": -1.0}, r"scale must be a finite number above 0, got -1\.0"),

@@ -236,7 +236,7 @@ class Doubling(torch.nn.Module):
 def test_ranges_are_checked_against_what_was_asked(dims, says):
     program = torch.export.export(Doubling(), (torch.ones(3, 5),), dynamic_shapes={"x": dims})
     with pytest.raises(ExportError, match=re.escape(says)):
-        exporter.check_ranges(program, {"x": {0: 100, 1: 64}})
+        exporter.check_ranges(program, {"x": {0: (1, 100), 1: (1, 64)}})
 
 
 @pytest.mark.parametrize(

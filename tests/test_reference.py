@@ -1,5 +1,6 @@
 """Float64 truth against a naive evaluation token by token, and against transformers in double."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -28,7 +29,7 @@ def normal(*shape, seed=1, dtype=torch.float64):
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape)).to(dtype)
 
 
-def block_of(heads=4, kv_heads=2, *, rotary_dim=HEAD_DIM, layout="half", causal=True, bias=True):
+def block_of(heads=4, kv_heads=2, *, rotary_dim=HEAD_DIM, layout="half", bias=True, **variant):
     """A small block whose weights make the scores spread."""
     rope = RotaryEmbedding(rotary_dim, theta=THETA, layout=layout) if rotary_dim else None
     block = Attention(
@@ -37,9 +38,9 @@ def block_of(heads=4, kv_heads=2, *, rotary_dim=HEAD_DIM, layout="half", causal=
         num_kv_heads=kv_heads,
         head_dim=HEAD_DIM,
         rope=rope,
-        causal=causal,
         qkv_bias=bias,
         out_bias=bias,
+        **variant,
     ).double()
     rng = np.random.default_rng(0)
     for parameter in block.parameters():
@@ -73,27 +74,51 @@ def naive_sequence(block, x, positions, defect):
         "inv_freq", [THETA ** (-2 * i / rotary_dim) for i in range(rotary_dim // 2)]
     )
     q, k, v = (
-        [project(layer, token).reshape(-1, HEAD_DIM) for token in x]
-        for layer in (block.q_proj, block.k_proj, block.v_proj)
+        [project(layer, token).reshape(-1, width) for token in x]
+        for layer, width in (
+            (block.q_proj, HEAD_DIM),
+            (block.k_proj, HEAD_DIM),
+            (block.v_proj, block.value_head_dim),
+        )
     )
+    if block.q_norm is not None and "norm_eps" not in defect:
+        q, k = (
+            [[normalised(head, norm) for head in token] for token in x]
+            for x, norm in ((q, block.q_norm), (k, block.k_norm))
+        )
     length = np.ones(HEAD_DIM)
     length[: 2 * len(frequencies)] = defect.get("attention_factor", 1.0)
     shift, roll = defect.get("query_shift", 0), defect.get("value_roll", 0)
     rows = []
     for row in range(len(x)):
-        visible = range(row + 1) if defect.get("causal", block.causal) else range(len(x))
+        causal, window = defect.get("causal", block.causal), defect.get("window", block.window)
+        visible = [
+            j
+            for j in range(len(x))
+            if not (causal and j > row)
+            and (window is None or (j > row - window if causal else abs(j - row) <= window))
+        ]
         mixed = []
         for head in range(heads):
             shared = head * kv_heads // heads
             query = length * turn(q[row][head], positions[row] + shift, frequencies, layout)
             keys = [length * turn(k[j][shared], positions[j], frequencies, layout) for j in visible]
             scores = np.array([query @ key for key in keys]) * defect.get("scale", block.scale)
+            softcap = defect.get("softcap", block.softcap)
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
             weights = np.exp(scores - scores.max())
-            weights /= weights.sum()
+            sinks = defect.get("sinks", block.sinks)
+            sink = 0.0 if sinks is None else math.exp(float(sinks[head]) - scores.max())
+            weights /= weights.sum() + sink
             values = [v[j][(shared - roll) % kv_heads] for j in visible]
             mixed.append(sum(w * value for w, value in zip(weights, values, strict=True)))
         rows.append(project(block.o_proj, np.concatenate(mixed)))
     return np.stack(rows)
+
+
+def normalised(head, norm):
+    return head / math.sqrt(np.mean(head**2) + norm.eps) * norm.weight.detach().double().numpy()
 
 
 def naive(block, x, position_ids=None, **defect):
@@ -118,6 +143,11 @@ BLOCKS = {
     "partial interleaved": {"rotary_dim": 2, "layout": "interleaved"},
     "no rope": {"rotary_dim": 0},
     "no biases": {"bias": False},
+    "window": {"window": 3},
+    "soft cap": {"softcap": 0.8},
+    "sinks": {"sinks": True},
+    "query and key norms": {"qk_norm": True},
+    "narrow values": {"value_head_dim": 3},
 }
 
 
@@ -227,6 +257,9 @@ DEFECTS = {
     "queries one late": {"query_shift": 1},
     "values rolled": {"value_roll": 1},
     "attention factor": {"found": {"attention_factor": 1.1}},
+    "window": {"window": 3},
+    "soft cap": {"softcap": 0.7},
+    "sinks": {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)},
 }
 
 
@@ -245,7 +278,7 @@ def test_a_stated_defect_is_evaluated_and_seen(defect):
 
 
 def test_every_field_of_the_semantics_has_a_defect_or_is_a_shape():
-    shapes = {"num_heads", "num_kv_heads", "decay"}  # xPos: with the variants
+    shapes = {"num_heads", "num_kv_heads", "decay", "norm_eps"}  # xPos and norms: elsewhere
     stated = {name for defect in DEFECTS.values() for name in defect}
     assert stated | shapes == set(Semantics.__dataclass_fields__)
 

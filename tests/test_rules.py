@@ -24,6 +24,8 @@ BEST = Situation(
     causal=True,
     tabled=True,
     implied_positions=True,
+    longest=4096,
+    value_head_dim=64,
 )
 REASON = {
     "bfloat16 on cpu": "onnxruntime has no bfloat16 kernel",
@@ -211,6 +213,8 @@ def every_situation():
             causal=causal,
             tabled=tabled,
             implied_positions=implied,
+            longest=4096,
+            value_head_dim=head_dim,
         )
 
 
@@ -273,7 +277,9 @@ def test_form_names_are_unique_and_every_target_has_its_opset():
 @pytest.mark.parametrize("implied", [True, False])
 def test_a_block_is_described_once_for_each_provider(rope, rotary_dim, tabled, causal, implied):
     block = Attention(12, 2, num_kv_heads=1, head_dim=5, rope=rope, causal=causal)
-    described = rules.situations(block, ("cuda", "cpu"), dtype="float16", implied_positions=implied)
+    described = rules.situations(
+        block, ("cuda", "cpu"), dtype="float16", implied_positions=implied, longest=64
+    )
     assert described == [
         Situation(
             provider=provider,
@@ -285,6 +291,8 @@ def test_a_block_is_described_once_for_each_provider(rope, rotary_dim, tabled, c
             causal=causal,
             tabled=tabled,
             implied_positions=implied,
+            longest=64,
+            value_head_dim=5,
         )
         for provider in ("cuda", "cpu")
     ]

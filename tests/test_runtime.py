@@ -30,6 +30,11 @@ def fresh_probe():
     runtime.unavailable_reason.cache_clear()
 
 
+def pretend(monkeypatch, name, value):
+    monkeypatch.setattr(runtime, name, value)
+    monkeypatch.setattr(runtime.providers, name, value)
+
+
 def test_the_cpu_is_always_there():
     assert runtime.unavailable_reason("cpu") is None
     runtime.require("cpu")
@@ -49,7 +54,7 @@ def test_cuda_whose_session_falls_back_is_unavailable(monkeypatch):
     """The library loads, but there is no device: the session comes back on the CPU."""
     listed = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: listed)
-    monkeypatch.setattr(runtime.ctypes, "CDLL", lambda *_, **__: None)
+    monkeypatch.setattr(runtime.providers.ctypes, "CDLL", lambda *_, **__: None)
     assert "falls back to the CPU" in str(runtime.unavailable_reason("cuda"))
 
 
@@ -61,12 +66,15 @@ def test_a_build_without_cuda_says_what_to_install(monkeypatch):
 
 def test_arithmetic_placed_elsewhere_is_no_proof(artifact_of_block, monkeypatch):
     """A session that claims CUDA while its operators sit on the CPU: the classic false pass."""
-    monkeypatch.setattr(runtime, "unavailable_reason", lambda _: None)
+    pretend(monkeypatch, "unavailable_reason", lambda _: None)
     session = runtime.Session.open(artifact_of_block.model, "cuda")
     assert session.nodes.keys() == {"CPUExecutionProvider"}
     assert session.misplaced == ("GroupQueryAttention", "MatMul")
     status, cases = trial.run_trials(
-        artifact_of_block.model, "cuda", list(first_trials(artifact_of_block.path)), print
+        artifact.Artifact.read(artifact_of_block.path, verify=True),
+        "cuda",
+        list(first_trials(artifact_of_block.path)),
+        print,
     )
     assert status.status == "unavailable"
     assert "GroupQueryAttention, MatMul was placed on another provider" in str(status.reason)
@@ -75,14 +83,12 @@ def test_arithmetic_placed_elsewhere_is_no_proof(artifact_of_block, monkeypatch)
 
 
 def first_trials(folder: Path):
-    from rope_export.artifact import Artifact
-
-    return trial.stored_trials(Artifact.read(folder, verify=True))
+    return trial.stored_trials(artifact.Artifact.read(folder, verify=True))
 
 
 def test_a_provider_without_the_operators_is_left_out_unless_named(tmp_path, monkeypatch):
     """float32 GroupQueryAttention has no CUDA kernel: said, not failed, and not run."""
-    monkeypatch.setattr(runtime, "unavailable_reason", lambda _: None)
+    pretend(monkeypatch, "unavailable_reason", lambda _: None)
     report = export(mutants.block(), tmp_path / "block", validate=True).report
     assert report.passed
     assert report.providers["cuda"].status == "unavailable"
@@ -146,7 +152,7 @@ def test_memory_of_a_container_counts(monkeypatch):
 
 def test_a_target_too_large_for_memory_is_proven_as_far_as_it_goes(tmp_path, monkeypatch):
     block = mutants.block(max_seq_len=600)
-    monkeypatch.setattr(runtime, "available_memory", lambda: 8_000_000)
+    pretend(monkeypatch, "available_memory", lambda: 8_000_000)
     result = export(block, tmp_path / "block", target="primitive", validate=True)
     assert result.report.passed
     longest = max(case.sequence for case in result.report.cases)
@@ -167,8 +173,10 @@ def test_long_sequences_are_sampled_and_say_so(tmp_path, monkeypatch):
     result = export(block, tmp_path / "block", validate=True)
     assert result.report.passed
     (longest,) = [case for case in result.report.cases if case.sequence == 2000]
-    assert 200 <= longest.rows <= 256
-    assert any("compared on" in note and "query rows" in note for note in result.report.notes)
+    assert 200 <= longest.tokens <= 256
+    assert any(
+        "compared on" in note and "tokens (the first" in note for note in result.report.notes
+    )
     # A wrong last row is seen although most rows are not looked at.
     model = onnx.load(result.model)
     mutants.last_table_row_stale(model)

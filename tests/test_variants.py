@@ -609,7 +609,7 @@ def to_onnx(
         return torch.onnx.export(
             module, arguments, dynamo=True, dynamic_shapes=shapes, verbose=False
         )
-    with lowering_to(Target(target, ("cpu",))):
+    with lowering_to(Target(target, ("cpu",), 4096)):
         program = torch.export.export(module, arguments, dynamic_shapes=shapes, strict=False)
         return torch.onnx.export(
             program,

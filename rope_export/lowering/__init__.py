@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rope_export.lowering.tokens import Tokens as Tokens
+
 if TYPE_CHECKING:
     from rope_export.lowering.target import Target
 

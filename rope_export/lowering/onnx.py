@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rope_export.lowering import ops, rules
+from rope_export.lowering import ops, primitive, rules
+from rope_export.lowering.tokens import Tokens
 from rope_export.pairs import Layout
 from rope_export.rotation import rotate_sequence
+from rope_export.scores import visible_keys
 
 if TYPE_CHECKING:
-    from rope_export.attention import Attention
+    from rope_export.attention import Attention, Cache
 
 # torch 2.11 fixes dynamic axes when it merges several of them; 2.13 does not.
 _MERGES_AXES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
@@ -56,13 +58,11 @@ def rotated_projections(
     *,
     widened: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Project and rotate, all ``[B, S, heads * head_dim]``: no transpose is needed in between.
+    """Project, normalise and rotate, all ``[B, S, heads * width]``: without transposes in between.
 
     With ``widened`` the projections continue in float32.
     """
-    q, k, v = (p(hidden_states) for p in (block.q_proj, block.k_proj, block.v_proj))
-    if widened:
-        q, k, v = q.float(), k.float(), v.float()
+    q, k, v = normal_projections(block, hidden_states, widened=widened)
     if block.rope is not None:
         if position_ids is None:
             position_ids = block.rope.implied_positions(hidden_states.shape[1])
@@ -73,19 +73,53 @@ def rotated_projections(
     return q, k, v
 
 
-def attend(
-    block: Attention, hidden_states: Tensor, position_ids: Tensor | None, choice: rules.Choice
-) -> Tensor:
-    """Emit projections, rotation and Attention: ``[B, S, num_heads * head_dim]``."""
+def normal_projections(
+    block: Attention, hidden_states: Tensor, *, widened: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project, and normalise the heads of queries and keys: all ``[B, S, heads * width]``."""
+    q, k, v = (p(hidden_states) for p in (block.q_proj, block.k_proj, block.v_proj))
+    if widened:
+        q, k, v = q.float(), k.float(), v.float()
+    if block.q_norm is not None and block.k_norm is not None:
+        q, k = (
+            ops.rms_norm(x.unflatten(-1, (-1, block.head_dim)), norm.weight, norm.eps).flatten(-2)
+            for x, norm in ((q, block.q_norm), (k, block.k_norm))
+        )
+    return q, k, v
+
+
+def attend(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tensor, Cache | None]:
+    """Emit projections, rotation and Attention.
+
+    Returns:
+        ``[B, S, num_heads * value_head_dim]``, and the present when there is a past.
+    """
+    if choice.form.name in (rules.DECOMPOSED.name, rules.PRIMITIVE.name):
+        return primitive.attend(block, tokens, choice)
     widened = choice.form is rules.ATTENTION_IN_FLOAT32
-    q, k, v = rotated_projections(block, hidden_states, position_ids, widened=widened)
-    context = ops.attention(
+    dtype = tokens.hidden_states.dtype
+    q, k, v = rotated_projections(block, tokens.hidden_states, tokens.position_ids, widened=widened)
+    visible = None
+    if tokens.attention_mask is not None:
+        visible = tokens.visible(causal=block.causal, window=block.window)
+    elif block.window is not None:
+        token = torch.arange(q.shape[1])
+        visible = visible_keys(token, token, causal=block.causal, window=block.window)
+        visible = visible.unsqueeze(0)
+    past = tokens.past
+    if past is not None and widened:
+        past = past[0].float(), past[1].float()
+    context, key, value = ops.attention(
         q,
         k,
         v,
         num_heads=block.num_heads,
         num_kv_heads=block.num_kv_heads,
         scale=block.scale,
-        causal=block.causal,
+        causal=block.causal and visible is None,
+        softcap=block.softcap,
+        visible=visible,
+        past=past,
     )
-    return context.to(hidden_states.dtype)
+    present = None if past is None else (key.to(dtype), value.to(dtype))
+    return context.to(dtype), present

@@ -19,6 +19,12 @@ Attributes = dict[
 ]
 
 
+# Of operators that stand for several; none is left in a finished graph.
+OWN_DOMAIN = "rope_export"
+_GQA_SINKS = 11  # index of GroupQueryAttention's input head_sink
+_END = 2**62
+
+
 def rotary_embedding(
     x: Tensor,
     cos: Tensor,
@@ -60,6 +66,52 @@ def rotary_embedding(
     return turned.to(x.dtype)
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float | None) -> Tensor:
+    """ONNX ``RMSNormalization-23`` over the last axis, in float32; keeps the dtype of ``x``."""
+    normal = torch.onnx.ops.symbolic(
+        "RMSNormalization",
+        (x.float(), weight.float()),
+        attrs={"axis": -1, "epsilon": eps or 0.0},
+        dtype=torch.float32,
+        shape=x.shape,
+        version=23,
+    )
+    return normal.to(x.dtype)
+
+
+def last_columns(columns: Tensor, count: int) -> Tensor:
+    """Last ``count`` columns of ``[B, T]``.
+
+    As an operator of its own: sliced by PyTorch, the tracer would want to know that ``T`` is at
+    least ``count``.
+    """
+    start = torch.full((1,), -count, dtype=torch.int64)
+    end = torch.full((1,), _END, dtype=torch.int64)
+    axis = torch.full((1,), 1, dtype=torch.int64)
+    return torch.onnx.ops.symbolic(
+        "Slice",
+        (columns, start, end, axis),
+        dtype=columns.dtype,
+        shape=(columns.shape[0], count),
+        version=13,
+    )
+
+
+def joined(past: Tensor, new: Tensor, total: int) -> Tensor:
+    """Past and new keys or values, ``[B, G, total, D]``.
+
+    As an operator of its own: the tracer cannot know that ``total`` is the sum of the two.
+    """
+    return torch.onnx.ops.symbolic(
+        "Concat",
+        (past, new),
+        attrs={"axis": 2},
+        dtype=new.dtype,
+        shape=(new.shape[0], new.shape[1], total, new.shape[3]),
+        version=13,
+    )
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -68,84 +120,154 @@ def attention(
     num_heads: int,
     num_kv_heads: int,
     scale: float,
-    causal: bool,
-) -> Tensor:
-    """ONNX ``Attention-23`` on ``[B, S, heads * head_dim]`` tensors."""
-    return torch.onnx.ops.symbolic(
+    causal: bool = False,
+    softcap: float | None = None,
+    visible: Tensor | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """ONNX ``Attention-23`` on ``[B, S, heads * width]`` tensors.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        num_heads: query heads.
+        num_kv_heads: key and value heads.
+        scale: factor on the scores.
+        causal: whether key ``j`` is hidden from query ``i < j``.
+        softcap: bound of the scores, before masking.
+        visible: which keys each query sees, bool ``[B, S, T]``.
+        past: earlier keys and values ``[B, num_kv_heads, P, width]``; ``T`` is then that of
+            ``visible``.
+
+    Returns:
+        ``[B, S, num_heads * value width]``, and present keys and values.
+    """
+    attributes: Attributes = {
+        "q_num_heads": num_heads,
+        "kv_num_heads": num_kv_heads,
+        "scale": scale,
+        "is_causal": int(causal),
+    }
+    if softcap is not None:
+        attributes["softcap"] = softcap
+    inputs: list[Tensor | None] = [q, k, v]
+    if visible is not None:
+        inputs.append(visible.unsqueeze(1))
+    if past is not None:
+        inputs += past
+    batch, length = q.shape[:2]
+    total = length if visible is None else visible.shape[-1]
+    widths = (k.shape[-1] // num_kv_heads, v.shape[-1] // num_kv_heads)
+    presents = [(batch, num_kv_heads, total, width) for width in widths]
+    shapes = ((batch, length, num_heads * widths[1]), *presents)
+    output, key, value = torch.onnx.ops.symbolic_multi_out(
         "Attention",
-        (q, k, v),
-        attrs={
-            "q_num_heads": num_heads,
-            "kv_num_heads": num_kv_heads,
-            "scale": scale,
-            "is_causal": int(causal),
-        },
-        dtype=q.dtype,
-        shape=q.shape,
+        inputs,
+        attrs=attributes,
+        dtypes=(q.dtype, k.dtype, v.dtype),
+        shapes=shapes,
         version=23,
     )
+    return output, key, value
 
 
 def group_query_attention(
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
-    table: tuple[Tensor, Tensor] | None,
     *,
+    last_index: Tensor,
+    total: Tensor,
+    present_length: int,
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
     scale: float,
     layout: Layout,
-) -> Tensor:
-    """``com.microsoft::GroupQueryAttention`` over a whole prompt.
+    table: tuple[Tensor, Tensor] | None = None,
+    past: tuple[Tensor, Tensor] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    by_rows: bool = False,
+    block: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``com.microsoft::GroupQueryAttention``, or a plan for several calls of it.
 
     Args:
         q: ``[B, S, num_heads * head_dim]``, or queries, keys and values packed in the last axis
             when ``k`` and ``v`` are None.
         k: ``[B, S, num_kv_heads * head_dim]`` or None.
         v: as ``k``.
-        table: cos and sin ``[rows, r/2]`` when the operator rotates, else None.
+        last_index: slot of each row's last new token, int32 ``[B]``.
+        total: past and new tokens of the longest row, int32 scalar.
+        present_length: the same as a size.
         num_heads: query heads.
         num_kv_heads: key and value heads.
         head_dim: width of one head.
         scale: factor on the scores.
         layout: which channels form a pair.
+        table: cos and sin ``[rows, r/2]`` when the operator rotates, else None.
+        past: earlier keys and values ``[B, num_kv_heads, P, head_dim]``, each row's from slot 0.
+        window: each query sees so many keys, itself included.
+        softcap: bound of the scores.
+        sinks: a score for each head that adds nothing, ``[num_heads]``.
+        by_rows: whether several new tokens of a batch with a past need one call a row.
+        block: tokens in a block when long prompts are computed by blocks, or 0. One of the two
+            makes this an operator of the package's own, which `control.expand` replaces.
+
+    Returns:
+        ``[B, S, num_heads * head_dim]``, and present keys and values.
     """
-    batch, length = q.shape[0], q.shape[1]
-    # Every row is a whole prompt: its last valid index is length - 1.
-    last_index = torch.full((batch,), length - 1, dtype=torch.int32)
-    total = torch.scalar_tensor(length, dtype=torch.int32)
-    inputs: list[Tensor | None] = [q, k, v, None, None, last_index, total]
+    inputs: list[Tensor | None] = [q, k, v, *(past or (None, None)), last_index, total]
     attributes: Attributes = {
         "num_heads": num_heads,
         "kv_num_heads": num_kv_heads,
         "scale": scale,
     }
+    if window is not None:
+        attributes["local_window_size"] = window
+    if softcap is not None:
+        attributes["softcap"] = softcap
     if table is not None:
         inputs += [table[0].to(q.dtype), table[1].to(q.dtype)]
         attributes |= {"do_rotary": 1, "rotary_interleaved": int(layout == "interleaved")}
-    present = (batch, num_kv_heads, length, head_dim)
-    outputs = torch.onnx.ops.symbolic_multi_out(
-        "com.microsoft::GroupQueryAttention",
+    if sinks is not None:
+        inputs += [None] * (_GQA_SINKS - len(inputs)) + [sinks]
+    domain = "com.microsoft"
+    if by_rows or block:
+        domain = OWN_DOMAIN
+        attributes |= {"by_rows": int(by_rows), "block": block}
+    batch, length = q.shape[0], q.shape[1]
+    present = (batch, num_kv_heads, present_length, head_dim)
+    output, key, value = torch.onnx.ops.symbolic_multi_out(
+        f"{domain}::GroupQueryAttention",
         inputs,
         attrs=attributes,
         dtypes=(q.dtype, q.dtype, q.dtype),
         shapes=((batch, length, num_heads * head_dim), present, present),
         version=1,
     )
-    return outputs[0]
+    return output, key, value
 
 
 def multi_head_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, scale: float, causal: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_heads: int,
+    value_head_dim: int,
+    scale: float,
+    causal: bool,
 ) -> Tensor:
-    """``com.microsoft::MultiHeadAttention`` on ``[B, S, num_heads * head_dim]`` tensors."""
+    """``com.microsoft::MultiHeadAttention`` on ``[B, S, num_heads * width]`` tensors."""
     return torch.onnx.ops.symbolic(
         "com.microsoft::MultiHeadAttention",
         (q, k, v),
         attrs={"num_heads": num_heads, "scale": scale, "unidirectional": int(causal)},
         dtype=q.dtype,
-        shape=q.shape,
+        shape=(*q.shape[:2], num_heads * value_head_dim),
         version=1,
     )

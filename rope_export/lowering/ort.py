@@ -2,58 +2,93 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from rope_export.lowering import onnx, ops, rules
+from rope_export.lowering import onnx, ops, packing, rules
+from rope_export.lowering.tokens import Tokens
 from rope_export.pairs import Layout
 
 if TYPE_CHECKING:
-    from rope_export.attention import Attention
+    from rope_export.attention import Attention, Cache
 
 
-def _rotating_gqa(block: Attention, hidden_states: Tensor, position_ids: Tensor | None) -> Tensor:
-    assert block.rope is not None  # a limit of this form
-    assert position_ids is None  # likewise
-    cos, sin = block.rope.angles.cos, block.rope.angles.sin
-    assert cos is not None  # likewise
-    assert sin is not None
-    return _gqa(block, block.packed_projection(hidden_states), None, None, (cos, sin))
+def attend(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tensor, Cache | None]:
+    """Emit projections, rotation and the chosen attention.
+
+    Returns:
+        ``[B, S, num_heads * value_head_dim]``, and the present when there is a past.
+    """
+    if choice.form.packs_rows:
+        return _gqa(block, tokens, choice)
+    if choice.form is rules.MHA:
+        return _mha(block, tokens), None
+    return onnx.attend(block, tokens, choice)
 
 
-def _plain_gqa(block: Attention, hidden_states: Tensor, position_ids: Tensor | None) -> Tensor:
-    if block.rope is None:
-        return _gqa(block, block.packed_projection(hidden_states), None, None, None)
-    q, k, v = onnx.rotated_projections(block, hidden_states, position_ids)
-    return _gqa(block, q, k, v, None)
-
-
-def _gqa(
-    block: Attention,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    table: tuple[Tensor, Tensor] | None,
-) -> Tensor:
+def _gqa(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tensor, Cache | None]:
+    hidden_states, position_ids = tokens.hidden_states, tokens.position_ids
+    mask, slots = tokens.attention_mask, None
+    if mask is not None:
+        if choice.padding == "left":
+            hidden_states, position_ids, slots = packing.pack(tokens)
+        else:
+            hidden_states = packing.refuse_other_padding(hidden_states, tokens.last(mask))
+    table = None
+    k: Tensor | None
+    v: Tensor | None
+    if choice.form is rules.GQA_ROTATING:
+        assert block.rope is not None  # a limit of this form
+        cos, sin = block.rope.angles.cos, block.rope.angles.sin
+        assert cos is not None  # likewise
+        assert sin is not None
+        table = (cos, sin)
+    if block.rope is None or table is not None:
+        if block.q_norm is None and not choice.window_block:
+            q, k, v = block.packed_projection(hidden_states), None, None
+        else:
+            q, k, v = onnx.normal_projections(block, hidden_states)
+    else:
+        q, k, v = onnx.rotated_projections(block, hidden_states, position_ids)
+    batch, length = q.shape[0], q.shape[1]
+    total = length if tokens.past is None or mask is None else mask.shape[1]
+    # Padding of this call counts as tokens here: it comes last, where nothing sees it, and the
+    # next call writes over it.
+    last_index = torch.full((batch,), length - 1, dtype=torch.int32)
+    if tokens.past is not None and mask is not None:
+        earlier = mask.sum(-1) - tokens.last(mask).sum(-1)
+        last_index = (earlier + (length - 1)).to(torch.int32)
     layout: Layout = "half" if block.rope is None else block.rope.layout
-    return ops.group_query_attention(
+    context, key, value = ops.group_query_attention(
         q,
         k,
         v,
-        table,
+        last_index=last_index,
+        total=torch.scalar_tensor(total, dtype=torch.int32),
+        present_length=total,
         num_heads=block.num_heads,
         num_kv_heads=block.num_kv_heads,
         head_dim=block.head_dim,
         scale=block.scale,
         layout=layout,
+        table=table,
+        past=tokens.past,
+        window=block.window,
+        softcap=block.softcap,
+        sinks=None if block.sinks is None else block.sinks.to(q.dtype),
+        by_rows=choice.by_rows,
+        block=choice.window_block,
     )
+    if slots is not None:
+        context = packing.take_rows(context, slots)
+    return context, None if tokens.past is None else (key, value)
 
 
-def _mha(block: Attention, hidden_states: Tensor, position_ids: Tensor | None) -> Tensor:
-    q, k, v = onnx.rotated_projections(block, hidden_states, position_ids)
+def _mha(block: Attention, tokens: Tokens) -> Tensor:
+    q, k, v = onnx.rotated_projections(block, tokens.hidden_states, tokens.position_ids)
     groups = block.num_heads // block.num_kv_heads
     if groups > 1:  # the operator has no grouped heads
         k, v = (
@@ -64,22 +99,11 @@ def _mha(block: Attention, hidden_states: Tensor, position_ids: Tensor | None) -
             for t in (k, v)
         )
     return ops.multi_head_attention(
-        q, k, v, num_heads=block.num_heads, scale=block.scale, causal=block.causal
+        q,
+        k,
+        v,
+        num_heads=block.num_heads,
+        value_head_dim=block.value_head_dim,
+        scale=block.scale,
+        causal=block.causal,
     )
-
-
-_FORMS: dict[str, Callable[[Attention, Tensor, Tensor | None], Tensor]] = {
-    rules.GQA_ROTATING.name: _rotating_gqa,
-    rules.GQA.name: _plain_gqa,
-    rules.MHA.name: _mha,
-}
-
-
-def attend(
-    block: Attention, hidden_states: Tensor, position_ids: Tensor | None, choice: rules.Choice
-) -> Tensor:
-    """Emit projections, rotation and the chosen attention: ``[B, S, num_heads * head_dim]``."""
-    emit = _FORMS.get(choice.form.name)
-    if emit is None:
-        return onnx.attend(block, hidden_states, position_ids, choice)
-    return emit(block, hidden_states, position_ids)

@@ -25,6 +25,11 @@ Provider = Literal["cpu", "cuda"]
 PROVIDERS: tuple[str, ...] = get_args(Provider)
 DTYPES: tuple[str, ...] = ("float32", "float16", "bfloat16")
 
+# A window is computed in blocks of its size, not smaller, from so many blocks on: measured, below
+# that GroupQueryAttention's whole triangle is as fast.
+SMALLEST_BLOCK = 128
+BLOCKS_TO_WIN = 4
+
 OPSETS: dict[str, int] = {"ort": 23, "onnx": 23, "primitive": 18}
 
 
@@ -41,7 +46,15 @@ class Situation:
         rotary_dim: rotated width of a head, 0 without RoPE.
         causal: whether later tokens are hidden.
         tabled: the angles of queries and keys are one cos/sin table indexed by position.
-        implied_positions: positions are 0, 1, 2, … in every row.
+        implied_positions: a token's position is its place in its row.
+        longest: longest sequence served.
+        cache: past keys and values come in and present ones go out.
+        mask: an ``attention_mask`` comes in.
+        padding: the side on which prompts are padded, with ``mask``.
+        window: sliding window, 0 without.
+        softcap: scores are capped.
+        sinks: each head has a sink.
+        value_head_dim: width of a value head.
     """
 
     provider: str
@@ -53,10 +66,40 @@ class Situation:
     causal: bool
     tabled: bool
     implied_positions: bool
+    longest: int
+    cache: bool = False
+    mask: bool = False
+    padding: str = "right"
+    window: int = 0
+    softcap: bool = False
+    sinks: bool = False
+    value_head_dim: int = 0
+
+    @property
+    def window_block(self) -> int:
+        """Tokens in a block when windows are computed by blocks."""
+        return max(self.window, SMALLEST_BLOCK)
+
+    @property
+    def by_blocks(self) -> bool:
+        """Whether prompts are long enough for blocks of the window to win."""
+        return (
+            self.provider == "cpu"
+            and self.window > 0
+            and self.longest > BLOCKS_TO_WIN * self.window_block
+        )
 
 
 def situations(
-    block: Attention, providers: Iterable[str], *, dtype: str, implied_positions: bool
+    block: Attention,
+    providers: Iterable[str],
+    *,
+    dtype: str,
+    implied_positions: bool,
+    longest: int,
+    cache: bool = False,
+    mask: bool = False,
+    padding: str = "right",
 ) -> list[Situation]:
     """Describe ``block`` once for each provider."""
     rope = block.rope
@@ -71,6 +114,14 @@ def situations(
             causal=block.causal,
             tabled=rope is not None and rope.one_table,
             implied_positions=implied_positions,
+            longest=longest,
+            cache=cache,
+            mask=mask,
+            padding=padding,
+            window=block.window or 0,
+            softcap=block.softcap is not None,
+            sinks=block.sinks is not None,
+            value_head_dim=block.value_head_dim,
         )
         for provider in providers
     ]
@@ -100,6 +151,8 @@ class Form:
         rotation: operator that rotates, or None when the attention operator does it itself.
         limits: what must hold.
         score_copies: per provider, how many ``[B, heads, S, S]`` tensors live at once (0: none).
+        packs_rows: the present has each row's tokens from its first slot, without padding in
+            between; else it has the columns of the mask.
     """
 
     name: str
@@ -107,6 +160,7 @@ class Form:
     rotation: str | None
     limits: tuple[Limit, ...]
     score_copies: Callable[[Situation], float]
+    packs_rows: bool = False
 
 
 def _dtypes(*names: str) -> Callable[[Situation], bool]:
@@ -136,6 +190,12 @@ _GQA = (
         "GroupQueryAttention needs head_dim to be a multiple of 8, got {head_dim}",
     ),
     Limit(
+        None,
+        lambda s: s.value_head_dim == s.head_dim,
+        "GroupQueryAttention needs value heads as wide as key heads, got {value_head_dim} and "
+        "{head_dim}",
+    ),
+    Limit(
         "cuda",
         lambda s: s.head_dim <= 256,
         "GroupQueryAttention on CUDA takes head_dim up to 256, got {head_dim}",
@@ -159,7 +219,7 @@ _GQA_ROTATES = (
     Limit(
         None,
         lambda s: s.implied_positions,
-        "GroupQueryAttention reads only the first position id of a prompt",
+        "GroupQueryAttention reads only the first position id of a prompt; heads are rotated first",
     ),
     Limit(
         None,
@@ -167,10 +227,24 @@ _GQA_ROTATES = (
         "rotation inside GroupQueryAttention needs one cos/sin table for all lengths (a "
         "max_seq_len, no xPos, and frequencies that are not learned and do not follow the length)",
     ),
+    Limit(
+        None,
+        lambda s: not s.by_blocks,
+        "with a window, GroupQueryAttention on the CPU still computes the whole triangle; prompts "
+        "over {long_prompt} tokens run in blocks of {window_block} instead, rotated first",
+    ),
 )
 
 _MHA = (
     *_ANY_GRAPH,
+    Limit(
+        None,
+        lambda s: not s.cache and not s.mask and not s.window,
+        "MultiHeadAttention would need a mask of its own making for {what_is_masked}; Attention "
+        "takes one mask for all heads",
+    ),
+    Limit(None, lambda s: not s.softcap, "MultiHeadAttention has no soft cap"),
+    Limit(None, lambda s: not s.sinks, "MultiHeadAttention has no sinks"),
     Limit(
         "cpu",
         lambda s: not s.causal,
@@ -184,8 +258,13 @@ _MHA = (
 )
 
 
-_ATTENTION = (
+_ATTENTION_IN_FLOAT32 = (
     *_ANY_GRAPH,
+    Limit(None, lambda s: not s.sinks, "Attention has no sinks"),
+)
+
+_ATTENTION = (
+    *_ATTENTION_IN_FLOAT32,
     Limit(
         "cpu",
         _dtypes("float32"),
@@ -210,18 +289,21 @@ def _primitive_copies(_: Situation) -> float:
 
 
 _ROTARY = "::RotaryEmbedding"
-GQA_ROTATING = Form("gqa_rotating", "com.microsoft::GroupQueryAttention", None, _GQA_ROTATES, _none)
-GQA = Form("gqa", "com.microsoft::GroupQueryAttention", _ROTARY, _GQA, _none)
+GQA_ROTATING = Form(
+    "gqa_rotating", "com.microsoft::GroupQueryAttention", None, _GQA_ROTATES, _none, packs_rows=True
+)
+GQA = Form("gqa", "com.microsoft::GroupQueryAttention", _ROTARY, _GQA, _none, packs_rows=True)
 MHA = Form("mha", "com.microsoft::MultiHeadAttention", _ROTARY, _MHA, _none)
 ATTENTION = Form("attention", "::Attention", _ROTARY, _ATTENTION, _attention_copies)
 ATTENTION_IN_FLOAT32 = Form(
-    "attention_in_float32", "::Attention", _ROTARY, _ANY_GRAPH, _attention_copies
+    "attention_in_float32", "::Attention", _ROTARY, _ATTENTION_IN_FLOAT32, _attention_copies
 )
+DECOMPOSED = Form("decomposed", "::Softmax", _ROTARY, _ANY_GRAPH, _primitive_copies)
 PRIMITIVE = Form("primitive", "::Softmax", "::Mul", _ANY_GRAPH, _primitive_copies)
 
 FORMS: dict[str, tuple[Form, ...]] = {
-    "ort": (GQA_ROTATING, GQA, MHA, ATTENTION, ATTENTION_IN_FLOAT32),
-    "onnx": (ATTENTION, ATTENTION_IN_FLOAT32),
+    "ort": (GQA_ROTATING, GQA, MHA, ATTENTION, ATTENTION_IN_FLOAT32, DECOMPOSED),
+    "onnx": (ATTENTION, ATTENTION_IN_FLOAT32, DECOMPOSED),
     "primitive": (PRIMITIVE,),
 }
 
@@ -233,18 +315,41 @@ class Choice:
     Attributes:
         form: the form taken.
         reasons: one line for each better form that was passed over.
-        score_copies: ``[B, heads, S, S]`` tensors alive at once, per provider.
+        score_copies: ``[B, heads, S, T]`` tensors alive at once, per provider.
+        padding: the side on which prompts are padded.
+        by_rows: whether several new tokens of a batch with a past are one call a row.
+        window_block: tokens in a block when long prompts are computed by blocks, or 0.
+        branches: what the graph decides while it runs, in plain words.
+        limits: what the graph cannot do, in plain words.
     """
 
     form: Form
     reasons: tuple[str, ...]
     score_copies: dict[str, float]
+    padding: str = "right"
+    by_rows: bool = False
+    window_block: int = 0
+    branches: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
 
 
 def broken_limits(form: Form, situations: list[Situation]) -> list[str]:
     """Reasons why ``form`` cannot be used, empty when it can."""
     return [
-        limit.reason.format(**asdict(situation))
+        limit.reason.format(
+            **asdict(situation),
+            window_block=situation.window_block,
+            long_prompt=BLOCKS_TO_WIN * situation.window_block,
+            what_is_masked=" and ".join(
+                name
+                for name, needed in (
+                    ("a past", situation.cache),
+                    ("padding", situation.mask),
+                    ("a window", situation.window),
+                )
+                if needed
+            ),
+        )
         for situation in situations
         for limit in form.limits
         if limit.broken_by(situation)
@@ -261,10 +366,45 @@ def choose(target: str, situations: list[Situation]) -> Choice:
     for form in FORMS[target]:
         broken = broken_limits(form, situations)
         if not broken:
-            copies = {s.provider: form.score_copies(s) for s in situations}
-            return Choice(form, tuple(dict.fromkeys(passed_over)), copies)
+            return _taken(form, situations, tuple(dict.fromkeys(passed_over)))
         passed_over.append(broken[0])
     raise BadInputError(
         f"target {target} with dtype {situations[0].dtype} is not possible for provider "
         f"{' and '.join(s.provider for s in situations)}: {passed_over[-1]}"
+    )
+
+
+def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) -> Choice:
+    one = situations[0]
+    on_cpu = any(s.provider == "cpu" for s in situations)
+    # Control flow keeps CUDA from capturing a graph, and its kernel computes windows only.
+    by_rows = form.packs_rows and one.cache and on_cpu
+    in_blocks = form.packs_rows and all(s.by_blocks for s in situations)
+    block = one.window_block if in_blocks else 0
+    branches, limits = [], []
+    if by_rows:
+        branches.append(
+            "several new tokens of a batch with a past run row by row: GroupQueryAttention takes "
+            "one row of them"
+        )
+    elif form.packs_rows and one.cache:
+        limits.append(
+            "several new tokens of a batch with a past must be given row by row, or one by one: "
+            "GroupQueryAttention takes one row of them, and the control flow that would split "
+            "them keeps CUDA from capturing the graph"
+        )
+    if block:
+        branches.append(
+            f"prompts over {BLOCKS_TO_WIN * block} tokens run in blocks of {block}: "
+            "GroupQueryAttention on the CPU computes the whole triangle whatever the window"
+        )
+    return Choice(
+        form,
+        reasons,
+        {s.provider: form.score_copies(s) for s in situations},
+        padding=one.padding,
+        by_rows=by_rows,
+        window_block=block,
+        branches=tuple(branches),
+        limits=tuple(limits),
     )

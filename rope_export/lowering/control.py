@@ -1,0 +1,241 @@
+"""Several calls of GroupQueryAttention where one cannot do it, or not fast enough.
+
+While a block is traced, such an attention is one operator of the package's own. Here it becomes
+``If`` and ``Scan`` around the real one:
+
+- a batch with several new tokens *and* a past: the operator takes one row of that, so the rows are
+  scanned;
+- a long prompt with a window: the operator would compute the whole triangle of scores, so blocks of
+  the window are scanned, each with the block before it as its past.
+
+Everything else, decoding above all, is the one call, on the caller's own buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+from rope_export.lowering.ops import OWN_DOMAIN
+from rope_export.lowering.rules import BLOCKS_TO_WIN
+
+_PAST_KEY, _PAST_VALUE, _LAST_INDEX, _TOTAL = 3, 4, 5, 6  # inputs of GroupQueryAttention
+_TO_THE_END = 2**62
+Emit = Callable[[Tape], Sequence[ir.Value]]
+
+
+def expand(model: ir.Model) -> None:
+    """Replace the package's own operators by those that runtimes have, in place."""
+    for node in list(model.graph):
+        if node.domain == OWN_DOMAIN:
+            _Expansion(model.graph, node).replace()
+            model.opset_imports["com.microsoft"] = 1
+    model.opset_imports.pop(OWN_DOMAIN, None)
+
+
+class _Expansion:
+    def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
+        self.graph = graph
+        self.node = node
+        self.inputs = list(node.inputs)
+        q, self.k, self.v = self.inputs[:3]
+        assert q is not None
+        self.q = q
+        attributes = dict(node.attributes)
+        self.by_rows = bool(attributes.pop("by_rows").as_int())
+        self.block = attributes.pop("block").as_int()
+        self.attributes = attributes
+        self.has_past = self.inputs[_PAST_KEY] is not None
+        # Without a past nobody reads what would be the present.
+        self.outputs = list(node.outputs) if self.has_past else list(node.outputs)[:1]
+        self.kv_heads = attributes["kv_num_heads"].as_int()
+        context = node.outputs[0]
+        assert context.shape is not None
+        width = context.shape[2]
+        assert isinstance(width, int)
+        self.width = width
+        self.head_dim = width // attributes["num_heads"].as_int()
+
+    def replace(self) -> None:
+        """Put the control flow in the place of the node."""
+        tape = Tape()
+        batch, length = self._size(tape, 0), self._size(tape, 1)
+        total = tape.op("Cast", [self.inputs[_TOTAL]], {"to": ir.DataType.INT64})
+        first_call = tape.op("Equal", [length, total])
+        emit: Emit = self._one_call
+        if self.block:
+            limit = self._constant(BLOCKS_TO_WIN * self.block)
+            long = tape.op("Greater", [length, limit])
+            if self.has_past:
+                long = tape.op("And", [first_call, long])
+            emit = self._either("blocks", long, self._blocks, self._one_call)
+        if self.by_rows:
+            one = self._constant(1)
+            single = tape.op(
+                "Or", [tape.op("Equal", [batch, one]), tape.op("Equal", [length, one])]
+            )
+            whole = tape.op("Or", [first_call, single])
+            emit = self._either("rows", whole, emit, self._rows)
+        results = emit(tape)
+        for old, new in zip(self.outputs, results, strict=True):
+            new.type, new.shape = old.type, old.shape
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        self.graph.insert_before(self.node, tape.nodes)
+        self.graph.remove(self.node, safe=True)
+
+    def _either(self, name: str, condition: ir.Value, then: Emit, otherwise: Emit) -> Emit:
+        def emit(tape: Tape) -> Sequence[ir.Value]:
+            branches = {
+                f"{which}_branch": self._subgraph(f"{name}_{which}", make)
+                for which, make in (("then", then), ("else", otherwise))
+            }
+            return tape.op_multi_out("If", [condition], branches, num_outputs=len(self.outputs))
+
+        return emit
+
+    def _subgraph(self, name: str, emit: Emit, inputs: Sequence[ir.Value] = ()) -> ir.Graph:
+        tape = Tape()
+        outputs = emit(tape)
+        for value in outputs:
+            value.type = self.node.outputs[0].type
+        return ir.Graph(inputs, outputs, nodes=tape.nodes, name=name)
+
+    def _one_call(self, tape: Tape) -> Sequence[ir.Value]:
+        return self._call(tape, self.inputs)[: len(self.outputs)]
+
+    def _call(self, tape: Tape, inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value]:
+        return tape.op_multi_out(
+            "GroupQueryAttention",
+            inputs,
+            self.attributes,
+            domain="com.microsoft",
+            version=1,
+            num_outputs=3,
+        )
+
+    def _rows(self, tape: Tape) -> Sequence[ir.Value]:
+        total = self.inputs[_TOTAL]
+        assert total is not None
+        return self._scan(tape, self.inputs[: _LAST_INDEX + 1], total, len(self.outputs))
+
+    def _scan(
+        self, tape: Tape, stacked: Sequence[ir.Value | None], total: ir.Value, count: int
+    ) -> Sequence[ir.Value]:
+        """One call for each entry of the first axis of ``stacked``; the first ``count`` outputs."""
+        given = [value for value in stacked if value is not None]
+        entries = [ir.Value(name=f"entry_{i}", type=value.type) for i, value in enumerate(given)]
+        for entry, value in zip(entries, given, strict=True):
+            if entry.type is None:
+                is_index = value is stacked[_LAST_INDEX]
+                kind = ir.TensorType(ir.DataType.INT32) if is_index else self.q.type
+                entry.type = kind
+
+        def body(inner: Tape) -> Sequence[ir.Value]:
+            axis = self._constant(0, 1)
+            rows = iter([inner.op("Unsqueeze", [entry, axis]) for entry in entries])
+            inputs = [None if value is None else next(rows) for value in stacked]
+            results = self._call(inner, [*inputs, total, *self.inputs[_TOTAL + 1 :]])
+            return [inner.op("Squeeze", [result, axis]) for result in results[:count]]
+
+        attributes: dict[str, Any] = {
+            "body": self._subgraph("scan", body, entries),
+            "num_scan_inputs": len(given),
+        }
+        return tape.op_multi_out("Scan", given, attributes, num_outputs=count)
+
+    def _blocks(self, tape: Tape) -> Sequence[ir.Value]:
+        size, width, head_dim, kv_heads = self.block, self.width, self.head_dim, self.kv_heads
+        assert self.k is not None
+        assert self.v is not None
+        batch, length = self._size(tape, 0, 1), self._size(tape, 1, 1)
+        count = tape.op(
+            "Div", [tape.op("Add", [length, self._constant(size - 1, 1)]), self._constant(size, 1)]
+        )
+        missing = tape.op("Sub", [tape.op("Mul", [count, self._constant(size, 1)]), length])
+        zeros = self._constant([0, 0, 0, 0])
+        pads = tape.op("Concat", [zeros, missing, self._constant(0, 1)], {"axis": 0})
+        padded = [tape.op("Pad", [x, pads]) for x in (self.q, self.k, self.v)]
+        entries: list[ir.Value | None] = [
+            tape.op("Reshape", [x, self._constant([-1, size, w])])
+            for x, w in zip(padded, (width, kv_heads * head_dim, kv_heads * head_dim), strict=True)
+        ]
+        by_block = tape.op(
+            "Concat", [batch, count, self._constant([size, kv_heads, head_dim])], {"axis": 0}
+        )
+        for x in padded[1:]:
+            heads = tape.op("Reshape", [x, by_block])
+            heads = tape.op("Transpose", [heads], {"perm": [0, 1, 3, 2, 4]})
+            # The first block has no past: what stands in for it is beyond its length.
+            first = self._slice(tape, heads, 0, 1, axis=1)
+            others = self._slice(tape, heads, 0, -1, axis=1)
+            past = tape.op("Concat", [first, others], {"axis": 1})
+            shape = self._constant([-1, kv_heads, size, head_dim])
+            entries.append(tape.op("Reshape", [past, shape]))
+        of_first = self._constant(size - 1, 1, np.int32)
+        of_others = tape.op(
+            "Expand",
+            [
+                self._constant(2 * size - 1, 1, np.int32),
+                tape.op("Sub", [count, self._constant(1, 1)]),
+            ],
+        )
+        last_index = tape.op("Concat", [of_first, of_others], {"axis": 0})
+        grid = tape.op("Concat", [batch, count], {"axis": 0})
+        last_index = tape.op("Expand", [last_index, grid])
+        entries.append(tape.op("Reshape", [last_index, self._constant(-1, 1)]))
+        total = self._constant(2 * size, dtype=np.int32)
+        (blocks,) = self._scan(tape, entries, total, 1)
+        back = tape.op("Concat", [batch, self._constant([-1, width])], {"axis": 0})
+        context = tape.op("Reshape", [blocks, back])
+        context = self._slice(tape, context, 0, length, axis=1)
+        if not self.has_past:
+            return [context]
+        return [context, *(self._present(tape, i, batch, length) for i in (0, 1))]
+
+    def _present(self, tape: Tape, which: int, batch: ir.Value, length: ir.Value) -> ir.Value:
+        """Keys (0) or values (1) as the operator returns them, in a buffer as long as the past."""
+        source = (self.k, self.v)[which]
+        past = self.inputs[_PAST_KEY + which]
+        sizes = self._constant([self.kv_heads, self.head_dim])
+        heads = tape.op("Reshape", [source, tape.op("Concat", [batch, length, sizes], {"axis": 0})])
+        heads = tape.op("Transpose", [heads], {"perm": [0, 2, 1, 3]})
+        rest = self._slice(tape, past, length, _TO_THE_END, axis=2)
+        return tape.op("Concat", [heads, rest], {"axis": 2})
+
+    def _slice(
+        self,
+        tape: Tape,
+        x: ir.Value | None,
+        start: int | ir.Value,
+        end: int | ir.Value,
+        *,
+        axis: int,
+    ) -> ir.Value:
+        ends = [self._constant(v, 1) if isinstance(v, int) else v for v in (start, end)]
+        return tape.op("Slice", [x, *ends, self._constant(axis, 1)])
+
+    def _size(self, tape: Tape, axis: int, rank: int = 0) -> ir.Value:
+        size = tape.op("Shape", [self.q], {"start": axis, "end": axis + 1})
+        return size if rank else tape.op("Squeeze", [size])
+
+    def _constant(
+        self, value: int | list[int], rank: int = 0, dtype: type[np.generic] = np.int64
+    ) -> ir.Value:
+        array = np.array([value] if rank else value, dtype=dtype)
+        name = f"{OWN_DOMAIN}_{array.dtype}_{array.ndim}_{'_'.join(map(str, array.reshape(-1)))}"
+        known = self.graph.initializers.get(name)
+        if known is not None:
+            return known
+        tensor = ir.tensor(array, name=name)
+        made = ir.Value(
+            name=name,
+            const_value=tensor,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(array.shape),
+        )
+        self.graph.register_initializer(made)
+        return made

@@ -1,0 +1,397 @@
+"""`Decoder`: a block with a cache, one batch of sequences at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rope_export.errors import BadInputError
+from rope_export.runtime.providers import first_line, onnxruntime_module
+from rope_export.runtime.session import Session, from_ort, to_ort
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How a graph keeps its cache, as ``config.json`` has it.
+
+    Attributes:
+        num_kv_heads: key and value heads.
+        head_dim: width of a key.
+        value_head_dim: width of a value.
+        capacity: longest sequence served.
+        packs_rows: each row's tokens lie from its first slot on, so that past and present can be
+            one buffer; else the present is a new tensor with the columns of the mask.
+        by_rows: several new tokens of a batch with a past are served in one call.
+        padding: the side on which prompts are padded.
+        position_axes: axes of ``position_ids``, 0 when they are implied.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+    capacity: int
+    packs_rows: bool
+    by_rows: bool
+    padding: str
+    position_axes: int
+
+
+class Decoder:
+    """Serves an exported block with a cache: prompts in, then token after token.
+
+    The keys and values stay in onnxruntime: where the graph allows it in one pair of buffers of
+    full length, allocated once and used as past and present at the same time, so that a step
+    copies nothing. Rows of a batch may have different lengths.
+
+    Example:
+        >>> decoder = Decoder.open("exported/block", batch=2)  # doctest: +SKIP
+        >>> y = decoder.prefill(x, attention_mask=[[1, 1, 1, 1], [1, 1, 0, 0]])  # doctest: +SKIP
+        >>> y = decoder.decode(y[:, -1:])  # doctest: +SKIP
+
+    Args:
+        session: the graph, opened on a provider.
+        layout: how it keeps its cache.
+        batch: rows.
+        capacity: tokens each row has room for (default, and at most, the longest the graph serves).
+        cuda_graph: capture the decoding step on CUDA and replay it.
+
+    Raises:
+        BadInputError: an argument is out of range, or the step cannot be captured.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        layout: CacheLayout,
+        *,
+        batch: int = 1,
+        capacity: int | None = None,
+        cuda_graph: bool = False,
+    ) -> None:
+        capacity = layout.capacity if capacity is None else capacity
+        if batch < 1:
+            raise BadInputError(f"batch must be at least 1, got {batch}")
+        if not 1 <= capacity <= layout.capacity:
+            raise BadInputError(
+                f"capacity must be from 1 to the {layout.capacity} tokens the graph serves, "
+                f"got {capacity}"
+            )
+        if cuda_graph:
+            _check_capturable(session.provider, layout)
+        self.session = session
+        self.layout = layout
+        self.batch = batch
+        self.capacity = capacity
+        self._captured = _CapturedStep(self) if cuda_graph else None
+        first = session.raw.get_inputs()[0]
+        self.hidden_size = int(first.shape[2])
+        self.dtype = _dtype(first.type)
+        self._binding = session.raw.io_binding()
+        self._buffers: list[Any] = []
+        self.reset()
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        provider: str = "cpu",
+        batch: int = 1,
+        capacity: int | None = None,
+        cuda_graph: bool = False,
+    ) -> Decoder:
+        """Open the artifact in ``folder`` on ``provider``.
+
+        Raises:
+            BadInputError: the artifact is incomplete or altered, has no cache, or an argument is
+                out of range.
+            ProviderUnavailableError: the provider does not load, or has no kernel for the graph's
+                arithmetic.
+            RuntimeError: onnxruntime does not load the graph.
+        """
+        from rope_export.artifact import Artifact  # which needs this package's providers
+
+        artifact = Artifact.read(Path(folder), verify=True)
+        if artifact.cache is None:
+            raise BadInputError(f"{folder}: the graph has no cache; export the block with one")
+        layout = CacheLayout(**artifact.cache)
+        if cuda_graph:
+            _check_capturable(provider, layout)
+        options = {"enable_cuda_graph": "1"} if cuda_graph else None
+        session = Session.open(artifact.model, provider, provider_options=options)
+        session.require_placed()
+        return cls(session, layout, batch=batch, capacity=capacity, cuda_graph=cuda_graph)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens in each row's cache."""
+        return tuple(int(n) for n in self._lengths)
+
+    def reset(self) -> None:
+        """Forget all tokens; the buffers are kept."""
+        self._lengths = np.zeros(self.batch, dtype=np.int64)
+        self._mask = np.zeros((self.batch, 0), dtype=np.int64)
+        if self.layout.packs_rows and self._buffers:
+            return
+        length = self.capacity if self.layout.packs_rows else 0
+        self._buffers = [
+            _zeros((self.batch, self.layout.num_kv_heads, length, width), self)
+            for width in (self.layout.head_dim, self.layout.value_head_dim)
+        ]
+
+    def prefill(
+        self,
+        hidden_states: npt.ArrayLike,
+        *,
+        attention_mask: npt.ArrayLike | None = None,
+        position_ids: npt.ArrayLike | None = None,
+    ) -> Array:
+        """Add a prompt, or a further chunk of it, to every row.
+
+        Args:
+            hidden_states: ``[batch, S, hidden_size]`` in the graph's dtype.
+            attention_mask: ``[batch, S]``, 1 for a token and 0 for padding, which is on the side
+                the graph was exported for; None: all are tokens.
+            position_ids: ``[batch, S]`` or ``[axes, batch, S]`` where the graph takes them.
+
+        Returns:
+            ``[batch, S, hidden_size]``; unspecified at padding.
+
+        Raises:
+            BadInputError: a shape, dtype or padding does not fit, or the cache would overflow; the
+                cache is as it was.
+            RuntimeError: onnxruntime failed; the cache must be reset.
+        """
+        hidden = self._checked_states(hidden_states)
+        length = hidden.shape[1]
+        real = np.ones((self.batch, length), dtype=np.int64)
+        if attention_mask is not None:
+            real = self._checked_mask(np.asarray(attention_mask), length)
+        ids = self._checked_positions(position_ids, length)
+        self._check_room(length)
+        one_by_one = self.layout.packs_rows and not self.layout.by_rows and self.batch > 1
+        if one_by_one and length > 1 and self._lengths.any():
+            parts = [
+                self._run(hidden[:, i : i + 1], real[:, i : i + 1], _columns(ids, i))
+                for i in range(length)
+            ]
+            return np.concatenate(parts, axis=1)
+        return self._run(hidden, real, ids)
+
+    def decode(
+        self, hidden_states: npt.ArrayLike, *, position_ids: npt.ArrayLike | None = None
+    ) -> Array:
+        """Add one token to every row.
+
+        Args:
+            hidden_states: ``[batch, 1, hidden_size]`` in the graph's dtype.
+            position_ids: ``[batch, 1]`` or ``[axes, batch, 1]`` where the graph takes them.
+
+        Returns:
+            ``[batch, 1, hidden_size]``.
+
+        Raises:
+            BadInputError: a shape or dtype does not fit, or the cache is full; the cache is as it
+                was.
+            RuntimeError: onnxruntime failed; the cache must be reset.
+        """
+        hidden = self._checked_states(hidden_states)
+        if hidden.shape[1] != 1:
+            raise BadInputError(
+                f"decode takes one token for each row, [{self.batch}, 1, {self.hidden_size}]; got "
+                f"{list(hidden.shape)} (prefill takes several)"
+            )
+        ids = self._checked_positions(position_ids, 1)
+        self._check_room(1)
+        real = np.ones((self.batch, 1), dtype=np.int64)
+        if self._captured is not None and self._lengths.any():
+            output = self._captured.run(hidden, ids)
+            self._lengths = self._lengths + 1
+            return output
+        return self._run(hidden, real, ids)
+
+    def _run(self, hidden: Array, real: Array, ids: Array | None) -> Array:
+        earlier = self._mask
+        if self.layout.packs_rows:
+            widest = int(self._lengths.max())
+            earlier = (np.arange(widest) < self._lengths[:, None]).astype(np.int64)
+        mask = np.concatenate((earlier, real), axis=1)
+        inputs = {"hidden_states": hidden, "attention_mask": mask}
+        if ids is not None:
+            inputs["position_ids"] = ids
+        binding = self._binding
+        try:
+            kept = [to_ort(array) for array in inputs.values()]
+            for name, value in zip(inputs, kept, strict=True):
+                binding.bind_ortvalue_input(name, value)
+            binding.bind_output("output", "cpu")
+            for name, value in zip(("key", "value"), self._buffers, strict=True):
+                binding.bind_ortvalue_input(f"past_{name}", value)
+                if self.layout.packs_rows:
+                    binding.bind_ortvalue_output(f"present_{name}", value)
+                else:
+                    binding.bind_output(f"present_{name}", self.session.provider)
+            self.session.raw.run_with_iobinding(binding, self._run_options())
+            output, *present = binding.get_outputs()
+            answer = from_ort(output)
+        except Exception as error:
+            raise RuntimeError(first_line(error)) from error
+        if not self.layout.packs_rows:
+            self._buffers = present
+            self._mask = mask
+        self._lengths = self._lengths + real.sum(axis=1)
+        return answer
+
+    def _run_options(self) -> Any:
+        if self._captured is None:
+            return None
+        options = onnxruntime_module().RunOptions()
+        options.add_run_config_entry("gpu_graph_id", "-1")  # this run is not captured
+        return options
+
+    def _check_room(self, more: int) -> None:
+        used = int(self._lengths.max()) if self.layout.packs_rows else self._mask.shape[1]
+        if used + more > self.capacity:
+            raise BadInputError(
+                f"the cache is full: {used} of {self.capacity} tokens are taken and {more} more "
+                "do not fit; reset() it, or open it with a larger capacity"
+            )
+
+    def _checked_states(self, hidden_states: npt.ArrayLike) -> Array:
+        hidden = np.asarray(hidden_states)
+        wanted = (self.batch, hidden.shape[1] if hidden.ndim == 3 else 0, self.hidden_size)
+        if hidden.ndim != 3 or hidden.shape != wanted or hidden.shape[1] < 1:
+            raise BadInputError(
+                f"hidden_states must be [{self.batch}, S, {self.hidden_size}] with at least one "
+                f"token, got {list(hidden.shape)}"
+            )
+        if hidden.dtype != self.dtype:
+            raise BadInputError(
+                f"hidden_states must be {self.dtype.name} as the graph is, got {hidden.dtype}"
+            )
+        return hidden
+
+    def _checked_mask(self, mask: Array, length: int) -> Array:
+        if mask.shape != (self.batch, length) or not np.isin(mask, (0, 1)).all():
+            raise BadInputError(
+                f"attention_mask must be [{self.batch}, {length}] of 0 and 1, "
+                f"got {list(mask.shape)} of {mask.dtype}"
+            )
+        real = mask.astype(np.int64)
+        ahead = np.diff(real, axis=1)
+        wrong = ahead > 0 if self.layout.padding == "right" else ahead < 0
+        if wrong.any():
+            row = int(np.argwhere(wrong)[0, 0])
+            raise BadInputError(
+                f"attention_mask must have its padding on the {self.layout.padding}, as the graph "
+                f"was exported; row {row} has it elsewhere"
+            )
+        return real
+
+    def _checked_positions(self, position_ids: npt.ArrayLike | None, length: int) -> Array | None:
+        axes = self.layout.position_axes
+        if (position_ids is not None) != bool(axes):
+            wanted = "needs position_ids" if axes else "takes no position_ids: they are implied"
+            got = "None" if position_ids is None else "some"
+            raise BadInputError(f"the graph {wanted}, got {got}")
+        if position_ids is None:
+            return None
+        ids = np.asarray(position_ids)
+        shape = (*([axes] if axes > 1 else []), self.batch, length)
+        if ids.shape != shape or ids.dtype.kind not in "iu":
+            raise BadInputError(
+                f"position_ids must be integers {list(shape)}, got {list(ids.shape)} of {ids.dtype}"
+            )
+        return ids.astype(np.int64)
+
+
+class _CapturedStep:
+    """The decoding step as a CUDA graph: every shape and address stays.
+
+    The mask always has the width of the buffers: its row sums are the lengths, and its last column
+    is the new token.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._inputs: dict[str, Any] = {}
+        self._output: Any = None
+        self._binding: Any = None
+
+    def run(self, hidden: Array, ids: Array | None) -> Array:
+        decoder = self._decoder
+        column = np.arange(decoder.capacity)
+        mask = (column < decoder._lengths[:, None]).astype(np.int64)
+        mask[:, -1] = 1
+        arrays = {"hidden_states": hidden, "attention_mask": mask}
+        if ids is not None:
+            arrays["position_ids"] = ids
+        try:
+            if self._binding is None:
+                self._bind(arrays)
+            for name, array in arrays.items():
+                self._inputs[name].update_inplace(np.ascontiguousarray(array))
+            options = onnxruntime_module().RunOptions()
+            options.add_run_config_entry("gpu_graph_id", "1")
+            decoder.session.raw.run_with_iobinding(self._binding, options)
+            output: Array = self._output.numpy()
+            return output
+        except Exception as error:
+            raise RuntimeError(first_line(error)) from error
+
+    def _bind(self, arrays: dict[str, Array]) -> None:
+        decoder = self._decoder
+        ort = onnxruntime_module()
+        binding = decoder.session.raw.io_binding()
+        for name, array in arrays.items():
+            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
+            self._inputs[name] = value
+            binding.bind_ortvalue_input(name, value)
+        for name, value in zip(("key", "value"), decoder._buffers, strict=True):
+            binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_ortvalue_output(f"present_{name}", value)
+        shape = (decoder.batch, 1, decoder.hidden_size)
+        self._output = ort.OrtValue.ortvalue_from_shape_and_type(shape, decoder.dtype, "cuda", 0)
+        binding.bind_ortvalue_output("output", self._output)
+        self._binding = binding
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if name == "tensor(bfloat16)":
+        import ml_dtypes
+
+        wide: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
+        return wide
+    return np.dtype({"tensor(float)": np.float32, "tensor(float16)": np.float16}[name])
+
+
+def _check_capturable(provider: str, layout: CacheLayout) -> None:
+    why = None
+    if provider != "cuda":
+        why = f"provider {provider} has none"
+    elif not layout.packs_rows:
+        why = "the cache of this target grows with each step, and a CUDA graph has one shape"
+    elif layout.by_rows:
+        why = "the graph has control flow, for the CPU; export it with --provider cuda alone"
+    if why is not None:
+        raise BadInputError(f"cuda_graph=True is not possible: {why}")
+
+
+def _zeros(shape: tuple[int, ...], decoder: Decoder) -> Any:
+    return _on_device(np.zeros(shape, dtype=decoder.dtype), decoder.session.provider)
+
+
+def _on_device(array: Array, provider: str) -> Any:
+    if provider == "cpu":
+        return to_ort(array)
+    return onnxruntime_module().OrtValue.ortvalue_from_numpy(array, provider, 0)
+
+
+def _columns(ids: Array | None, index: int) -> Array | None:
+    return None if ids is None else ids[..., index : index + 1]

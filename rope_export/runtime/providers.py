@@ -1,0 +1,146 @@
+"""Which execution providers really load here, and what machine this is."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import io
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rope_export.errors import ProviderUnavailableError
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+ENDPOINTS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+# fp32 is compared with fp32: onnxruntime would use TF32 tensor cores on CUDA otherwise.
+_PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
+
+
+def onnxruntime_module() -> Any:
+    """Onnxruntime, imported when it is first needed."""
+    import onnxruntime
+
+    return onnxruntime
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the runtime's own messages off the user's terminal; our errors say what matters."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        onnxruntime_module().set_default_logger_severity(4)
+        yield
+
+
+@functools.cache
+def unavailable_reason(provider: str) -> str | None:
+    """Why ``provider`` cannot be used on this machine, or None when it can.
+
+    A provider that is listed is not taken at its word: its library is loaded and a session is
+    opened on it.
+    """
+    if provider == "cpu":
+        return None
+    ort = onnxruntime_module()
+    endpoint = ENDPOINTS[provider]
+    if endpoint not in ort.get_available_providers():
+        return f"onnxruntime {ort.__version__} has no {endpoint}; install onnxruntime-gpu"
+    with quiet():
+        if hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()
+    folder = Path(ort.__file__).parent / "capi"
+    if sys.platform == "linux":
+        # The runtime only logs a library that does not load, and falls back: ask the loader.
+        try:
+            for name in ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"):
+                ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
+        except OSError as error:
+            return f"onnxruntime {ort.__version__} lists {endpoint} but it does not load: {error}"
+    try:
+        session = open_session(_tiny_model(), provider)
+    except Exception as error:
+        return f"{endpoint} does not start: {first_line(error)}"
+    if endpoint not in session.get_providers():
+        return f"{endpoint} is listed but a session on it falls back to the CPU (no usable device?)"
+    return None
+
+
+def require(provider: str) -> None:
+    """Check that ``provider`` really runs here.
+
+    Raises:
+        ProviderUnavailableError: it does not; the message says why.
+    """
+    reason = unavailable_reason(provider)
+    if reason is not None:
+        raise ProviderUnavailableError(f"provider {provider} cannot be used here: {reason}")
+
+
+def _tiny_model() -> bytes:
+    from onnx import TensorProto, helper
+
+    value = functools.partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=[1])
+    graph = helper.make_graph(
+        [helper.make_node("Relu", ["x"], ["y"])], "g", [value("x")], [value("y")]
+    )
+    opset = [helper.make_opsetid("", 18)]
+    model: bytes = helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
+    return model
+
+
+def open_session(
+    model: bytes | str, provider: str, more_options: Mapping[str, str] | None = None
+) -> onnxruntime.InferenceSession:
+    """Open a graph on ``provider``, with the CPU for shape arithmetic, recording assignment."""
+    ort = onnxruntime_module()
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    providers: list[Any] = [
+        (ENDPOINTS[provider], {**_PROVIDER_OPTIONS[provider], **(more_options or {})})
+    ]
+    if provider != "cpu":
+        providers.append(ENDPOINTS["cpu"])  # for shape arithmetic; checked afterwards
+    return ort.InferenceSession(model, options, providers=providers)
+
+
+def first_line(error: BaseException) -> str:
+    """First line of the runtime's message."""
+    text = str(error).strip().splitlines()
+    return text[0][:400] if text else type(error).__name__
+
+
+def environment() -> dict[str, Any]:
+    """Versions and platform, for the report; PyTorch is None where it is not loaded."""
+    import onnx
+
+    torch = sys.modules.get("torch")
+    return {
+        "torch": None if torch is None else str(torch.__version__),
+        "onnx": onnx.__version__,
+        "onnxruntime": onnxruntime_module().__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+        "tf32": False,
+    }
+
+
+def available_memory() -> int:
+    """Bytes that can still be allocated: of the machine, or of its container when that is less."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return free
+    return free if limit == "max" else max(0, min(free, int(limit) - used))

@@ -1,0 +1,155 @@
+"""`Session`: a graph opened on one provider, and where its nodes really went."""
+
+from __future__ import annotations
+
+import ctypes
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rope_export.errors import ProviderUnavailableError
+from rope_export.runtime.providers import (
+    ENDPOINTS,
+    first_line,
+    onnxruntime_module,
+    open_session,
+    quiet,
+    require,
+)
+
+Array = npt.NDArray[Any]
+
+# Operators that carry the block's arithmetic. onnxruntime may keep the shape arithmetic around
+# them on the CPU of a CUDA session; one of these there means the session is not what it claims.
+_COMPUTE_OPS = frozenset(
+    {
+        "MatMul",
+        "Gemm",
+        "FusedMatMul",
+        "Softmax",
+        "GroupQueryAttention",
+        "MultiHeadAttention",
+        "Attention",
+        "RotaryEmbedding",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Session:
+    """A graph opened on one provider.
+
+    Attributes:
+        provider: the provider asked for.
+        nodes: how many nodes each execution provider really got.
+        misplaced: operators that carry arithmetic and ran elsewhere.
+        raw: onnxruntime's own session.
+    """
+
+    provider: str
+    nodes: dict[str, int]
+    misplaced: tuple[str, ...]
+    raw: Any
+
+    @classmethod
+    def open(
+        cls, model: Path, provider: str, *, provider_options: Mapping[str, str] | None = None
+    ) -> Session:
+        """Open ``model`` on ``provider``.
+
+        Raises:
+            ProviderUnavailableError: the provider does not load.
+            RuntimeError: the graph does not load; the message is the runtime's first line.
+        """
+        require(provider)
+        try:
+            with quiet():
+                session = open_session(str(model), provider, provider_options)
+        except Exception as error:
+            raise RuntimeError(first_line(error)) from error
+        placed: Counter[str] = Counter()
+        misplaced: Counter[str] = Counter()
+        for subgraph in session.get_provider_graph_assignment_info():
+            for node in subgraph.get_nodes():
+                placed[subgraph.ep_name] += 1
+                if subgraph.ep_name != ENDPOINTS[provider] and node.op_type in _COMPUTE_OPS:
+                    misplaced[node.op_type] += 1
+        return cls(provider, dict(placed), tuple(sorted(misplaced)), session)
+
+    @property
+    def input_names(self) -> list[str]:
+        """Names of the graph inputs, in order."""
+        return [value.name for value in self.raw.get_inputs()]
+
+    @property
+    def output_names(self) -> list[str]:
+        """Names of the graph outputs, in order."""
+        return [value.name for value in self.raw.get_outputs()]
+
+    def require_placed(self) -> None:
+        """Check that the graph's arithmetic runs where it was asked to.
+
+        Raises:
+            ProviderUnavailableError: some of it was placed on another provider.
+        """
+        if self.misplaced:
+            raise ProviderUnavailableError(self.misplacement)
+
+    @property
+    def misplacement(self) -> str:
+        """What runs elsewhere, in plain words."""
+        return (
+            f"{', '.join(self.misplaced)} was placed on another provider: "
+            f"no kernel for it on {self.provider}"
+        )
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the graph once.
+
+        Raises:
+            RuntimeError: the graph does not run; the message is the runtime's first line.
+        """
+        binding = self.raw.io_binding()
+        try:
+            for name, array in inputs.items():
+                binding.bind_ortvalue_input(name, to_ort(array))
+            for name in self.output_names:
+                binding.bind_output(name, "cpu")
+            self.raw.run_with_iobinding(binding)
+            return {
+                name: from_ort(value)
+                for name, value in zip(self.output_names, binding.get_outputs(), strict=True)
+            }
+        except Exception as error:
+            raise RuntimeError(first_line(error)) from error
+
+
+def to_ort(array: Array) -> Any:
+    """Wrap the memory of an array, ``ml_dtypes.bfloat16`` included; the array must stay alive."""
+    ort = onnxruntime_module()
+    array = np.ascontiguousarray(array)
+    if array.dtype.name == "bfloat16":
+        from onnx import TensorProto
+
+        bits = array.view(np.uint16)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
+
+
+def from_ort(value: Any) -> Array:
+    """Copy a value out of onnxruntime."""
+    if value.data_type() != "tensor(bfloat16)":
+        array: Array = value.numpy()
+        return array
+    import ml_dtypes
+
+    shape = value.shape()
+    memory = ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape)))
+    bits: Array = np.frombuffer(memory, dtype=np.uint16)
+    wide: Array = bits.view(ml_dtypes.bfloat16).reshape(shape)
+    return wide

@@ -1,0 +1,99 @@
+"""Which token sees which, and attention written out where no fused kernel has the variant."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def token_order(attention_mask: Tensor) -> Tensor:
+    """Place of each token among the real ones of its row, int64 as ``attention_mask`` ``[B, T]``.
+
+    A real token's place is the number of ones before it. Padding takes that of the real token
+    before it (0 at the start), so that no place exceeds those of real tokens.
+    """
+    return (attention_mask.to(torch.int64).cumsum(-1) - 1).clamp(min=0)
+
+
+def visible_keys(
+    q_order: Tensor,
+    k_order: Tensor,
+    *,
+    causal: bool,
+    window: int | None,
+    real: Tensor | None = None,
+) -> Tensor:
+    """Which keys each query sees.
+
+    Args:
+        q_order: places of the queries in their rows, ``[S]`` or ``[B, S]``.
+        k_order: places of the keys, ``[T]`` or ``[B, T]``.
+        causal: whether keys after the query are hidden.
+        window: a causal query sees the last ``window`` keys, itself included; another sees keys
+            up to ``window`` places away on either side (both as in transformers). None: all.
+        real: which keys are tokens and not padding, bool ``[B, T]``; None: all.
+
+    Returns:
+        bool ``[S, T]`` or ``[B, S, T]``.
+    """
+    ahead = k_order.unsqueeze(-2) - q_order.unsqueeze(-1)
+    seen = ahead <= 0 if causal else None
+    if window is not None:
+        near = ahead > -window if causal else ahead.abs() <= window
+        seen = near if seen is None else seen & near
+    if real is not None:
+        seen = real.unsqueeze(-2) if seen is None else seen & real.unsqueeze(-2)
+    return torch.ones_like(ahead, dtype=torch.bool) if seen is None else seen
+
+
+def attend_explicitly(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    visible: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention as arithmetic, in float32 for half-precision heads as fused kernels do.
+
+    Grouped heads share their keys without being copied: the queries of a group are stacked along
+    the sequence of one product.
+
+    Args:
+        q: ``[B, H, S, D]``.
+        k: ``[B, G, T, D]``, ``G`` a divisor of ``H``.
+        v: ``[B, G, T, E]``.
+        scale: factor on the products.
+        visible: which keys each query sees, bool ``[S, T]`` or ``[B, S, T]``; None: all.
+        softcap: scores ``s`` become ``softcap * tanh(s / softcap)`` before masking (Gemma 2).
+        sinks: a score of each head that takes part in the softmax and adds nothing, ``[H]``
+            (gpt-oss); it is not capped.
+
+    Returns:
+        ``[B, H, S, E]`` in the dtype of ``q``.
+    """
+    kv_heads, length = k.shape[1], q.shape[2]
+    groups = q.shape[1] // kv_heads
+    dtype = q.dtype
+    q, k, v = q.float(), k.float(), v.float()
+    q = rearrange(q * scale, "b (h g) s d -> b h (g s) d", h=kv_heads)
+    scores = q @ rearrange(k, "b h t d -> b h d t")
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if visible is not None:
+        hidden = ~visible
+        hidden = hidden.unsqueeze(0) if hidden.ndim == 2 else hidden
+        hidden = hidden.repeat(1, groups, 1).unsqueeze(1)
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        of_head = sinks.float().reshape(1, kv_heads, groups, 1, 1)
+        of_row = of_head.expand(q.shape[0], kv_heads, groups, length, 1).flatten(2, 3)
+        weights = torch.softmax(torch.cat((scores, of_row), dim=-1), dim=-1)[..., :-1]
+    else:
+        weights = torch.softmax(scores, dim=-1)
+    context = (weights @ v).unflatten(2, (groups, length))
+    merged: Tensor = rearrange(context, "b h g s e -> b (h g) s e")
+    return merged.to(dtype)
