@@ -108,7 +108,7 @@ def naive_sequence(block, x, positions, defect):
             if softcap is not None:
                 scores = softcap * np.tanh(scores / softcap)
             weights = np.exp(scores - scores.max())
-            sinks = defect.get("sinks", block.sinks)
+            sinks = defect.get("sinks", None if block.sinks is None else block.sinks.detach())
             sink = 0.0 if sinks is None else math.exp(float(sinks[head]) - scores.max())
             weights /= weights.sum() + sink
             values = [v[j][(shared - roll) % kv_heads] for j in visible]
