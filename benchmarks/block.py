@@ -1,32 +1,26 @@
 """One attention block: eager PyTorch, plain export, a hand-built graph and our three targets.
 
 All contenders have the same weights and inputs, and each is compared with float64 truth before it
-is timed. Each lives in a process of its own, so that none spins its threads under another's feet
-and its peak memory is its own; they take turns, so that a noisy machine is noisy for all.
+is timed. With a window, ``hand-built`` is the fused operator with its own window, and ``full`` the
+same without one.
 
     python benchmarks/block.py --seq 4096 --kv-heads 8
     python benchmarks/block.py --seq 16384 --kv-heads 8 --only eager,ort,hand-built
+    python benchmarks/block.py --seq 16384 --kv-heads 8 --window 512 --only ort,hand-built,full
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
+import copy
 import tempfile
-import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
+import contenders
 import numpy as np
 import onnx
 import onnxruntime
-import psutil
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
@@ -58,6 +52,7 @@ def hand_built(block: Attention, path: Path) -> None:
         num_heads=block.num_heads,
         kv_num_heads=block.num_kv_heads,
         do_rotary=1,
+        **({} if block.window is None else {"local_window_size": block.window}),
     )
     nodes = [
         helper.make_node("MatMul", ["hidden_states", "qkv"], ["x_qkv"]),
@@ -102,6 +97,8 @@ def prepare(contender: str, block: Attention, folder: Path) -> None:
     path = folder / f"{contender}.onnx"
     if contender == "hand-built":
         hand_built(block, path)
+    elif contender == "full":
+        hand_built(without_window(block), path)
     elif contender == "plain":
         plain_export(block, path)
     elif contender != "eager":
@@ -131,127 +128,40 @@ def make_block(arguments: argparse.Namespace) -> Attention:
         num_heads=arguments.heads,
         num_kv_heads=arguments.kv_heads,
         max_seq_len=arguments.seq,
+        window=arguments.window,
     )
 
 
-class Contender:
-    """A process that runs one step whenever it is told to."""
-
-    def __init__(self, name: str, arguments: argparse.Namespace, folder: Path) -> None:
-        command = [sys.executable, __file__, "--child", name, "--folder", str(folder)]
-        for option in ("seq", "hidden", "heads", "kv_heads"):
-            command += [f"--{option.replace('_', '-')}", str(getattr(arguments, option))]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.peak_mib, self.error = json.loads(self.process.stdout.readline())
-
-    def seconds(self) -> float:
-        """Run one step and return what it took."""
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
-
-    def close(self) -> None:
-        """End the process."""
-        self.process.stdin.close()
-        self.process.wait()
+def without_window(block: Attention) -> Attention:
+    whole = copy.deepcopy(block)
+    whole.window = None
+    return whole
 
 
 def child(arguments: argparse.Namespace) -> None:
-    """Say peak extra memory of the first step and its error, then time a step for every line."""
+    """Serve one contender; its error is that of the last rows."""
     block, x = make_block(arguments), inputs(arguments)
     run = step(arguments.child, block, Path(arguments.folder), x)
-    before = psutil.Process().memory_info().rss
-    output = run()
-    with Path("/proc/self/status").open() as status:
-        (peak,) = [int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM")]
     last = torch.arange(max(0, arguments.seq - 16), arguments.seq)
-    truth = attention_truth(block, torch.from_numpy(x), rows=last).numpy()
-    error = errors_against(truth, output[:, last]).rel
-    print(json.dumps([(peak - before) / 2**20, error]), flush=True)
-    for _ in sys.stdin:
-        start = time.perf_counter()
-        run()
-        print(time.perf_counter() - start, flush=True)
+    judged = without_window(block) if arguments.child == "full" else block
+    truth = attention_truth(judged, torch.from_numpy(x), rows=last).numpy()
+    contenders.serve(run, lambda output: errors_against(truth, output[:, last]).rel)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    arguments = contenders.options(
+        __doc__,
+        {"seq": 4096, "hidden": 1024, "heads": 16, "kv_heads": 8, "window": None},
+        CONTENDERS,
     )
-    parser.add_argument("--seq", type=int, default=4096)
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--heads", type=int, default=16)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--only", default=",".join(CONTENDERS))
-    parser.add_argument("--json", type=Path, help="write the results here")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    torch.set_grad_enabled(False)
-    onnxruntime.set_default_logger_severity(3)
     if arguments.child:
         child(arguments)
         return
-    names = arguments.only.split(",")
     block = make_block(arguments)
     with tempfile.TemporaryDirectory() as root:
-        folder = Path(root)
-        for name in names:
-            prepare(name, block, folder)
-        contenders = {name: Contender(name, arguments, folder) for name in names}
-        memory = {name: contender.peak_mib for name, contender in contenders.items()}
-        errors = {name: contender.error for name, contender in contenders.items()}
-        assert max(errors.values()) < 1e-5, errors
-        seconds: dict[str, list[float]] = {name: [] for name in names}
-        for round_number in range(arguments.rounds + 1):
-            for name, contender in contenders.items():
-                taken = contender.seconds()
-                if round_number:  # the first warms up
-                    seconds[name].append(taken)
-        for contender in contenders.values():
-            contender.close()
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    shape = {k: getattr(arguments, k) for k in ("seq", "hidden", "heads", "kv_heads")}
-    print("\n" + ", ".join(f"{name} {value}" for name, value in shape.items()))
-    print(
-        f"{'':<12}{'median':>10}{'min':>10}{'max':>10}{'ort is':>9}{'peak extra':>14}{'error':>10}"
-    )
-    for name in names:
-        times = [
-            f"{t * 1e3:.0f} ms" for t in (medians[name], min(seconds[name]), max(seconds[name]))
-        ]
-        ratio = f"{medians['ort'] / medians[name]:.2f}x" if "ort" in medians else ""
-        line = "".join(f"{text:>10}" for text in times)
-        print(f"{name:<12}{line}{ratio:>9}{memory[name]:>10.0f} MiB{errors[name]:>10.1e}")
-    if arguments.json:
-        document = {
-            "benchmark": "block",
-            "date": date.today().isoformat(),
-            "machine": {"cpu": cpu_name(), "cpus": os.cpu_count(), "platform": platform.platform()},
-            "versions": {
-                "torch": torch.__version__,
-                "onnxruntime": onnxruntime.__version__,
-                "onnx": onnx.__version__,
-                "python": platform.python_version(),
-            },
-            "shape": shape,
-            "seconds": seconds,
-            "peak_extra_mib": memory,
-            "rel_error_of_last_rows": errors,
-        }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    with Path("/proc/cpuinfo").open() as info:
-        fields = dict(line.split(":", 1) for line in info if ":" in line)
-    clean = {key.strip(): value.strip() for key, value in fields.items()}
-    return (
-        f"{clean.get('model name')} (family {clean.get('cpu family')} model {clean.get('model')})"
-    )
+        for name in arguments.only.split(","):
+            prepare(name, block, Path(root))
+        contenders.compete("block", arguments, Path(root), "ort")
 
 
 if __name__ == "__main__":

@@ -3,17 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rope_export import runtime
+from rope_export.artifact import Artifact
 from rope_export.attention import Attention
 from rope_export.errors import BadInputError
 from rope_export.pairs import Layout
 from rope_export.rotary import RotaryEmbedding
 
 _DEFAULT_THETA = 10000.0
+# Options of the command that say what is exported of a block, not what the block is.
+_NOT_OF_THE_BLOCK = frozenset(
+    {
+        "target",
+        "providers",
+        "position_ids",
+        "cache",
+        "attention_mask",
+        "padding",
+        "static",
+        "batch",
+        "validate",
+    }
+)
 
 
 def rotated_width(head_dim: int, scaling: Mapping[str, Any]) -> int:
@@ -32,6 +48,22 @@ def rotated_width(head_dim: int, scaling: Mapping[str, Any]) -> int:
             f"scaling['partial_rotary_factor'] must be above 0 and at most 1, got {share!r}"
         )
     return int(head_dim * share)
+
+
+def block_of_artifact(folder: str | Path) -> Attention:
+    """The block of an artifact that ``rope-export block`` made, from the options kept with it.
+
+    Raises:
+        BadInputError: it is no artifact, or was not made by that command.
+    """
+    artifact = Artifact.read(Path(folder), verify=False)
+    options = artifact.config.get("options") or {}
+    arguments = {name: value for name, value in options.items() if name not in _NOT_OF_THE_BLOCK}
+    if not {"hidden_size", "num_heads", "max_seq_len"} <= set(arguments):
+        raise BadInputError(
+            f"{folder}: does not say how to make its block; it was exported from Python"
+        )
+    return random_block(**arguments)
 
 
 def random_block(
