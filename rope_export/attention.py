@@ -294,7 +294,7 @@ class Attention(nn.Module):
             if is_causal:
                 token = torch.arange(k.shape[-2], device=q.device)
                 visible = visible_keys(token[: q.shape[-2]], token, causal=True, window=None)
-            return attend_explicitly(
+            merged = attend_explicitly(
                 q,
                 k,
                 v,
@@ -303,6 +303,8 @@ class Attention(nn.Module):
                 softcap=self.softcap,
                 sinks=self.sinks,
             )
+            context: Tensor = rearrange(merged, "b s (h d) -> b h s d", h=self.num_heads)
+            return context
         return F.scaled_dot_product_attention(
             q,
             k,

@@ -73,7 +73,7 @@ def attend_explicitly(
             (gpt-oss); it is not capped.
 
     Returns:
-        ``[B, H, S, E]`` in the dtype of ``q``.
+        ``[B, S, H * E]`` in the dtype of ``q``.
     """
     kv_heads, length = k.shape[1], q.shape[2]
     groups = q.shape[1] // kv_heads
@@ -95,5 +95,6 @@ def attend_explicitly(
     else:
         weights = torch.softmax(scores, dim=-1)
     context = (weights @ v).unflatten(2, (groups, length))
-    merged: Tensor = rearrange(context, "b h g s e -> b (h g) s e")
+    # Merged in one step: torch 2.11 would fix dynamic axes on the way by heads.
+    merged: Tensor = rearrange(context, "b h g s e -> b s (h g e)")
     return merged.to(dtype)

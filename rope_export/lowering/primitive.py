@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from rope_export.lowering import ops, rules
@@ -37,5 +36,4 @@ def attend(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tens
     context = attend_explicitly(
         q, k, v, scale=block.scale, visible=visible, softcap=block.softcap, sinks=block.sinks
     )
-    merged: Tensor = rearrange(context, "b h s d -> b s (h d)")
-    return merged, None if tokens.past is None else (k, v)
+    return context, None if tokens.past is None else (k, v)
