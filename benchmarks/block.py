@@ -1,8 +1,8 @@
 """One attention block: eager PyTorch, plain export, a hand-built graph and our three targets.
 
 All contenders have the same weights and inputs, and each is compared with float64 truth before it
-is timed. With a window, ``hand-built`` is the fused operator with its own window, and ``full`` the
-same without one.
+is timed. ``decoder`` is the graph with a cache, prefilling an empty one. With a window,
+``hand-built`` is the fused operator with its own window, and ``full`` the same without one.
 
     python benchmarks/block.py --seq 4096 --kv-heads 8
     python benchmarks/block.py --seq 16384 --kv-heads 8 --only eager,ort,hand-built
@@ -27,9 +27,10 @@ from onnx import TensorProto, helper, numpy_helper
 from rope_export import Attention, export
 from rope_export.comparison import errors_against
 from rope_export.reference import attention_truth
+from rope_export.runtime import Decoder
 from rope_export.synthetic import random_block
 
-CONTENDERS = ("eager", "plain", "hand-built", "ort", "onnx", "primitive")
+CONTENDERS = ("eager", "plain", "hand-built", "ort", "decoder", "onnx", "primitive")
 Step = Callable[[], np.ndarray]
 
 
@@ -101,6 +102,8 @@ def prepare(contender: str, block: Attention, folder: Path) -> None:
         hand_built(without_window(block), path)
     elif contender == "plain":
         plain_export(block, path)
+    elif contender == "decoder":
+        export(block, folder / contender, cache=True)
     elif contender != "eager":
         result = export(block, folder / contender, target=contender)
         path.symlink_to(result.model)
@@ -110,6 +113,14 @@ def step(contender: str, block: Attention, folder: Path, x: np.ndarray) -> Step:
     if contender == "eager":
         tensor = torch.from_numpy(x)
         return lambda: block(tensor).numpy()
+    if contender == "decoder":
+        decoder = Decoder.open(folder / contender)
+
+        def prefill() -> np.ndarray:
+            decoder.reset()
+            return decoder.prefill(x)
+
+        return prefill
     session = onnxruntime.InferenceSession(
         folder / f"{contender}.onnx", providers=["CPUExecutionProvider"]
     )

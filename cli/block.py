@@ -38,6 +38,7 @@ PARAMETERS = {
     "scale": "--scale",
     "cache": "--cache",
     "attention_mask": "--attention-mask",
+    "padding='left'": "--padding left",
     "padding": "--padding",
     "causal=False": "--no-causal",
 }
@@ -131,9 +132,8 @@ Examples:
 @click.option(
     "--qk-norm-eps",
     type=float,
-    default=1e-6,
-    show_default=True,
-    help="Added to the mean square by --qk-norm.",
+    default=None,
+    help="Added to the mean square by --qk-norm.  [default: 1e-06]",
 )
 @click.option("--qkv-bias", is_flag=True, help="Biases on queries, keys and values.")
 @click.option("--out-bias", is_flag=True, help="Bias on the output projection.")
@@ -222,7 +222,7 @@ def block(
     softcap: float | None,
     sinks: bool,
     qk_norm: bool,
-    qk_norm_eps: float,
+    qk_norm_eps: float | None,
     qkv_bias: bool,
     out_bias: bool,
     scale: float | None,
@@ -254,6 +254,8 @@ def block(
             runtime.require(provider)
     if batch is not None and not static:
         raise click.UsageError(f"--batch {batch} is for static graphs: give --static too")
+    if qk_norm_eps is not None and not qk_norm:
+        raise click.UsageError(f"--qk-norm-eps {qk_norm_eps:g} is of a norm: give --qk-norm too")
     steps("loading PyTorch")
     from rope_export import artifact
     from rope_export.exporter import export
@@ -276,7 +278,7 @@ def block(
         "softcap": softcap,
         "sinks": sinks,
         "qk_norm": qk_norm,
-        "qk_norm_eps": qk_norm_eps,
+        "qk_norm_eps": 1e-6 if qk_norm_eps is None else qk_norm_eps,
         "qkv_bias": qkv_bias,
         "out_bias": out_bias,
         "scale": scale,

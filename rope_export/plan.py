@@ -117,7 +117,9 @@ class Plan:
         if padding not in PADDINGS:
             raise BadInputError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
         if padding == "left" and not (cache or attention_mask):
-            raise BadInputError("padding needs cache or attention_mask, got padding='left' alone")
+            raise BadInputError(
+                "padding needs cache or attention_mask, got padding='left' without either"
+            )
         plan = cls(
             target,
             chosen,
