@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # onnxruntime indexes batches with 32 bits.
 _MAX_BATCH = 2**31 - 1
+_LEAST_RANGE = 16
 _INTEGERS = ("position_ids", "attention_mask")
 _T = TypeVar("_T")
 
@@ -187,15 +188,18 @@ def build_model(block: Attention, plan: Plan) -> tuple[ir.Model, rules.Choice]:
     """
     target = Target(plan.target, plan.providers, plan.longest, plan.padding)
     inputs, outputs = interface(block, plan)
-    sizes = {"batch": TRACED_BATCH, "sequence": min(TRACED_LENGTH, plan.longest)}
+    length = TRACED_LENGTH if plan.cache else min(TRACED_LENGTH, plan.longest)
+    sizes = {"batch": TRACED_BATCH, "sequence": length}
     sizes |= {"past_sequence": TRACED_PAST, "total_sequence": sizes["sequence"] + TRACED_PAST}
     if not plan.cache:
         sizes["total_sequence"] = sizes["sequence"]
+    # The tracer takes no range as narrow as that of a very small cache.
+    longest = max(plan.longest, _LEAST_RANGE) if plan.cache else plan.longest
     ranges = {
         "batch": (1, _MAX_BATCH),
-        "sequence": (1, plan.longest),
-        "past_sequence": (0, plan.longest - 1),
-        "total_sequence": (1, plan.longest),
+        "sequence": (1, longest),
+        "past_sequence": (0, longest - 1),
+        "total_sequence": (1, longest),
     }
     dims = {
         name: torch.export.Dim(name, min=low, max=high)

@@ -125,7 +125,7 @@ def plan_shapes(
         # Frequencies that follow the length follow that of the call: rows in step, up to there.
         together = longest if switch is None else min(longest, switch)
         wanted += _with_past(longest, together, by_rows=by_rows)
-        wanted += _in_calls(min(32, together), with_rows=by_rows)
+        wanted += _in_calls(min(32, together), longest, with_rows=by_rows)
     distinct = {
         (s.batch, s.sequence, s.pasts, s.lengths, s.steps, s.every_position_below): s
         for s in wanted
@@ -138,10 +138,10 @@ def _by_window(block: Attention, longest: int, *, cache: bool) -> list[Shape]:
     window = block.window
     if window is None:
         return []
-    size = max(window, SMALLEST_BLOCK)
+    limit = BLOCKS_TO_WIN * max(window, SMALLEST_BLOCK)
     shapes = [
         Shape("blocks of the window", 2, length)
-        for length in (BLOCKS_TO_WIN * size, BLOCKS_TO_WIN * size + 1)
+        for length in (limit, limit + 2)
         if length <= longest
     ]
     if window < longest:
@@ -154,6 +154,11 @@ def _by_window(block: Attention, longest: int, *, cache: bool) -> list[Shape]:
         ]
         if window + 3 <= longest:
             shapes.append(Shape("chunk across the window", 1, 4, pasts=(window - 1,)))
+        if limit + 2 <= longest:  # blocks into a longer buffer, and a chunk that must not be blocks
+            steps = ((limit + 1,) * 2, (1, 1))
+            shapes.append(Shape("blocks of the window, then decode", 2, limit + 2, steps=steps))
+        if limit + 8 <= longest:
+            shapes.append(Shape("long chunk", 1, limit + 1, pasts=(7,)))
     return shapes
 
 
@@ -178,8 +183,8 @@ def _with_past(longest: int, together: int, *, by_rows: bool) -> list[Shape]:
     return [*shapes, *(s for s in rows if s.total <= together)]
 
 
-def _in_calls(length: int, *, with_rows: bool) -> list[Shape]:
-    """The batch of five once more, in several calls: chunks and tokens, rows in and out of step."""
+def _in_calls(length: int, longest: int, *, with_rows: bool) -> list[Shape]:
+    """A batch of five, and again in several calls: chunks and tokens, rows in and out of step."""
     rows = 5
     if length < 8:
         return []
@@ -193,8 +198,12 @@ def _in_calls(length: int, *, with_rows: bool) -> list[Shape]:
         wanted.append([(2, third, 1, 3, third), (third, 1, 4, 2, 3), (1,) * rows, (1,) * rows])
     names = ("prefill and decode", "prefill and decode, rows of different lengths", "padded chunks")
     return [
-        Shape(name, rows, length, steps=tuple(steps))
-        for name, steps in zip(names, wanted, strict=False)
+        Shape("batch of five", rows, length),
+        *(
+            Shape(name, rows, length, steps=tuple(steps))
+            for name, steps in zip(names, wanted, strict=False)
+            if sum(max(step) for step in steps) <= longest
+        ),
     ]
 
 

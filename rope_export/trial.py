@@ -22,6 +22,7 @@ Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 Progress = Callable[[str], None]
 OUTPUT = "output"
 PRESENTS = ("present_key", "present_value")
+_ROOM = 16
 _INFINITE = Errors(math.inf, math.inf, math.inf)
 
 
@@ -157,9 +158,9 @@ def _driven(
     layout = runtime.CacheLayout(**cache)
     taken = [sum(row) for row in zip(*trial.steps, strict=True)]
     columns = sum(max(step) for step in trial.steps)
-    decoder = runtime.Decoder(
-        session, layout, batch=trial.batch, capacity=min(columns, layout.capacity)
-    )
+    # Longer than needed, as an application's is.
+    capacity = min(columns + _ROOM, layout.capacity)
+    decoder = runtime.Decoder(session, layout, batch=trial.batch, capacity=capacity)
     hidden_states, ids = trial.inputs["hidden_states"], trial.inputs.get("position_ids")
     output = np.zeros_like(hidden_states)
     used = np.zeros(trial.batch, dtype=np.int64)

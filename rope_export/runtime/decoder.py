@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
 from rope_export.runtime.providers import first_line, onnxruntime_module
 from rope_export.runtime.session import Session, from_ort, to_ort
@@ -74,10 +75,9 @@ class Decoder:
         capacity: int | None = None,
         cuda_graph: bool = False,
     ) -> None:
-        capacity = layout.capacity if capacity is None else capacity
-        if batch < 1:
-            raise BadInputError(f"batch must be at least 1, got {batch}")
-        if not 1 <= capacity <= layout.capacity:
+        batch = positive_integer("batch", batch)
+        capacity = positive_integer("capacity", layout.capacity if capacity is None else capacity)
+        if capacity > layout.capacity:
             raise BadInputError(
                 f"capacity must be from 1 to the {layout.capacity} tokens the graph serves, "
                 f"got {capacity}"
@@ -172,7 +172,7 @@ class Decoder:
         length = hidden.shape[1]
         real = np.ones((self.batch, length), dtype=np.int64)
         if attention_mask is not None:
-            real = self._checked_mask(np.asarray(attention_mask), length)
+            real = self._checked_mask(_array("attention_mask", attention_mask), length)
         ids = self._checked_positions(position_ids, length)
         self._check_room(length)
         one_by_one = self.layout.packs_rows and not self.layout.by_rows and self.batch > 1
@@ -264,7 +264,7 @@ class Decoder:
             )
 
     def _checked_states(self, hidden_states: npt.ArrayLike) -> Array:
-        hidden = np.asarray(hidden_states)
+        hidden = _array("hidden_states", hidden_states)
         wanted = (self.batch, hidden.shape[1] if hidden.ndim == 3 else 0, self.hidden_size)
         if hidden.ndim != 3 or hidden.shape != wanted or hidden.shape[1] < 1:
             raise BadInputError(
@@ -278,11 +278,12 @@ class Decoder:
         return hidden
 
     def _checked_mask(self, mask: Array, length: int) -> Array:
-        if mask.shape != (self.batch, length) or not np.isin(mask, (0, 1)).all():
-            raise BadInputError(
-                f"attention_mask must be [{self.batch}, {length}] of 0 and 1, "
-                f"got {list(mask.shape)} of {mask.dtype}"
-            )
+        wanted = f"attention_mask must be [{self.batch}, {length}] of 0 and 1"
+        if mask.shape != (self.batch, length):
+            raise BadInputError(f"{wanted}, got {list(mask.shape)}")
+        other = mask[~np.isin(mask, (0, 1))]
+        if other.size:
+            raise BadInputError(f"{wanted}, got a {other[0]}")
         real = mask.astype(np.int64)
         ahead = np.diff(real, axis=1)
         wrong = ahead > 0 if self.layout.padding == "right" else ahead < 0
@@ -302,7 +303,7 @@ class Decoder:
             raise BadInputError(f"the graph {wanted}, got {got}")
         if position_ids is None:
             return None
-        ids = np.asarray(position_ids)
+        ids = _array("position_ids", position_ids)
         shape = (*([axes] if axes > 1 else []), self.batch, length)
         if ids.shape != shape or ids.dtype.kind not in "iu":
             raise BadInputError(
@@ -360,6 +361,13 @@ class _CapturedStep:
         self._output = ort.OrtValue.ortvalue_from_shape_and_type(shape, decoder.dtype, "cuda", 0)
         binding.bind_ortvalue_output("output", self._output)
         self._binding = binding
+
+
+def _array(name: str, given: npt.ArrayLike) -> Array:
+    try:
+        return np.asarray(given)
+    except ValueError as error:  # rows of different lengths
+        raise BadInputError(f"{name} must be an array: {error}") from error
 
 
 def _dtype(name: str) -> np.dtype[Any]:

@@ -13,7 +13,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rope_export.errors import ProviderUnavailableError
+from rope_export.errors import BadInputError, ProviderUnavailableError
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -45,6 +45,8 @@ def unavailable_reason(provider: str) -> str | None:
     A provider that is listed is not taken at its word: its library is loaded and a session is
     opened on it.
     """
+    if provider not in ENDPOINTS:
+        raise BadInputError(f"provider must be one of {', '.join(ENDPOINTS)}, got {provider!r}")
     if provider == "cpu":
         return None
     ort = onnxruntime_module()
@@ -75,6 +77,7 @@ def require(provider: str) -> None:
     """Check that ``provider`` really runs here.
 
     Raises:
+        BadInputError: there is no such provider.
         ProviderUnavailableError: it does not; the message says why.
     """
     reason = unavailable_reason(provider)
