@@ -43,7 +43,8 @@ class Attention(nn.Module):
             (gpt-oss).
         qk_norm: RMS norm with a learned weight on each query and key head, before the rotation
             (Qwen3).
-        qk_norm_eps: added to the mean square.
+        qk_norm_eps: added to the mean square, above 0: without it a head of zeros, as at padding,
+            would be divided by nothing.
         qkv_bias: biases on the query, key and value projections.
         out_bias: bias on the output projection.
         scale: factor on the scores (default ``head_dim ** -0.5``).
@@ -109,7 +110,7 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.value_head_dim, bias=qkv_bias)
         self.o_proj = nn.Linear(num_heads * self.value_head_dim, hidden_size, bias=out_bias)
-        eps = finite_number("qk_norm_eps", qk_norm_eps, at_least=0)
+        eps = finite_number("qk_norm_eps", qk_norm_eps)
         self.q_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None

@@ -162,7 +162,7 @@ class Plan:
         form = self.choose(block).form
         verdicts = {}
         for provider in rules.PROVIDERS:
-            broken = rules.broken_limits(form, self.situations(block, [provider]))
+            broken = rules.broken_limits(form, self.situations(block, [provider]), to_run=True)
             verdicts[provider] = broken[0] if broken else None
         return verdicts
 

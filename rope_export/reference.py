@@ -118,7 +118,8 @@ def rotate_exactly(x: Tensor, angles: Tensor, layout: str, length: float | Tenso
     """
     width = 2 * angles.shape[-1]
     pattern = "... (two p) -> ... p two" if layout == "half" else "... (p two) -> ... p two"
-    pairs = rearrange(x[..., :width], pattern, two=2).contiguous()
+    # Copied: what is contiguous already may start where no complex number can.
+    pairs = rearrange(x[..., :width], pattern, two=2).clone(memory_format=torch.contiguous_format)
     turn = torch.polar(torch.ones_like(angles) * length, angles)
     turned = torch.view_as_complex(pairs) * (turn.unsqueeze(1) if turn.ndim == 3 else turn)
     back = "... p two -> ... (two p)" if layout == "half" else "... p two -> ... (p two)"

@@ -38,13 +38,10 @@ def visible_keys(
         bool ``[S, T]`` or ``[B, S, T]``.
     """
     ahead = k_order.unsqueeze(-2) - q_order.unsqueeze(-1)
-    seen = ahead <= 0 if causal else None
+    seen = ahead <= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
     if window is not None:
-        near = ahead > -window if causal else ahead.abs() <= window
-        seen = near if seen is None else seen & near
-    if real is not None:
-        seen = real.unsqueeze(-2) if seen is None else seen & real.unsqueeze(-2)
-    return torch.ones_like(ahead, dtype=torch.bool) if seen is None else seen
+        seen = seen & (ahead > -window if causal else ahead.abs() <= window)
+    return seen if real is None else seen & real.unsqueeze(-2)
 
 
 def attend_explicitly(

@@ -11,7 +11,7 @@ Limits were read in onnxruntime 1.31's kernels and checked on its CPU provider.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from rope_export.errors import BadInputError
@@ -55,6 +55,7 @@ class Situation:
         softcap: scores are capped.
         sinks: each head has a sink.
         value_head_dim: width of a value head.
+        alone: the graph is made for this provider only.
     """
 
     provider: str
@@ -74,6 +75,7 @@ class Situation:
     softcap: bool = False
     sinks: bool = False
     value_head_dim: int = 0
+    alone: bool = True
 
     @property
     def window_block(self) -> int:
@@ -85,6 +87,7 @@ class Situation:
         """Whether prompts are long enough for blocks of the window to win."""
         return (
             self.provider == "cpu"
+            and self.alone
             and self.window > 0
             and self.longest > BLOCKS_TO_WIN * self.window_block
         )
@@ -129,11 +132,19 @@ def situations(
 
 @dataclass(frozen=True)
 class Limit:
-    """One condition a form needs, on one provider (None: on all), and why."""
+    """One condition a form needs, on one provider (None: on all), and why.
+
+    Attributes:
+        provider: where it counts.
+        holds: whether a situation fulfils it.
+        reason: what is said when it does not, with the situation's fields.
+        runs: the form would run and be right all the same, only slower.
+    """
 
     provider: str | None
     holds: Callable[[Situation], bool]
     reason: str
+    runs: bool = False
 
     def broken_by(self, situation: Situation) -> bool:
         """Whether the situation is outside this limit."""
@@ -232,6 +243,7 @@ _GQA_ROTATES = (
         lambda s: not s.by_blocks,
         "with a window, GroupQueryAttention on the CPU still computes the whole triangle; prompts "
         "over {long_prompt} tokens run in blocks of {window_block} instead, rotated first",
+        runs=True,
     ),
 )
 
@@ -333,8 +345,8 @@ class Choice:
     limits: tuple[str, ...] = ()
 
 
-def broken_limits(form: Form, situations: list[Situation]) -> list[str]:
-    """Reasons why ``form`` cannot be used, empty when it can."""
+def broken_limits(form: Form, situations: list[Situation], *, to_run: bool = False) -> list[str]:
+    """Reasons why ``form`` is not to be used, or with ``to_run`` cannot be; empty when it is."""
     return [
         limit.reason.format(
             **asdict(situation),
@@ -352,7 +364,7 @@ def broken_limits(form: Form, situations: list[Situation]) -> list[str]:
         )
         for situation in situations
         for limit in form.limits
-        if limit.broken_by(situation)
+        if limit.broken_by(situation) and not (to_run and limit.runs)
     ]
 
 
@@ -362,6 +374,8 @@ def choose(target: str, situations: list[Situation]) -> Choice:
     Raises:
         BadInputError: none is legal; the message says why.
     """
+    if len(situations) > 1:
+        situations = [replace(situation, alone=False) for situation in situations]
     passed_over: list[str] = []
     for form in FORMS[target]:
         broken = broken_limits(form, situations)
