@@ -444,6 +444,16 @@ def test_no_form_is_left_for_blocks_that_are_not_computed(providers):
         )
 
 
+@pytest.mark.parametrize("target", rules.TARGETS)
+def test_a_preference_is_no_inability(target):
+    """What is passed over for speed alone would run; everything else passed over would not."""
+    for situation in every_situation():
+        for form in FORMS[target]:
+            broken = broken_limits(form, [situation])
+            cannot = broken_limits(form, [situation], to_run=True)
+            assert cannot == [reason for reason in broken if "run in blocks of" not in reason]
+
+
 # What reasons name beside the fields of a situation.
 DERIVED = {
     "window_block": lambda s: max(s.window, 128),
