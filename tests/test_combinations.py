@@ -492,7 +492,7 @@ def check_legal(request: Request) -> None:
         assert_served(request, block_of(request), result.model)
 
 
-@settings(sweep, max_examples=24)
+@settings(sweep, max_examples=14)
 @given(seeds)
 def test_what_is_legal_is_proven_and_right(seed):
     request = legal(seed)
@@ -718,7 +718,7 @@ def run_command(arguments: Sequence[str]) -> tuple[int, str, str]:
     raise AssertionError("it always exits")
 
 
-@settings(sweep, max_examples=60)
+@settings(sweep, max_examples=40)
 @given(seeds)
 def test_the_command_refuses_it_in_one_line(seed):
     request = illegal(seed)
