@@ -314,7 +314,7 @@ def damage_config_content(folder: Path) -> str:
 def damage_format(folder: Path) -> str:
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"format": 99}))
-    return "format 99, this version reads 1"
+    return "format 99, this version reads 2"
 
 
 def edit(folder: Path, **changes: object) -> None:
@@ -334,7 +334,7 @@ def damage_graph(folder: Path) -> str:
 
 def damage_tolerance(folder: Path) -> str:
     vectors = json.loads((folder / "config.json").read_text())["test_vectors"]
-    vectors[0]["tolerance"]["rel"] = 0
+    next(iter(vectors[0]["bounds"].values()))["rel"] = 0
     edit(folder, test_vectors=vectors)
     return "must be finite, above 0"
 
