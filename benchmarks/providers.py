@@ -53,7 +53,7 @@ def numbers_beyond_the_table(block: Attention, model: Path, provider: str) -> bo
     places = torch.tensor([[0, 1, block.rope.positions]])
     if block.rope.axes > 1:
         places = places.expand(block.rope.axes, 1, 3)
-    hidden = torch.ones(1, 3, block.hidden_size, dtype=block.q_proj.weight.dtype)
+    hidden = torch.ones(1, 3, block.hidden_size, dtype=block.dtype)
     inputs = {"hidden_states": to_numpy(hidden), "position_ids": places.numpy()}
     output = runtime.Session.open(model, provider).run(inputs)["output"][0, 2]
     return not bool(np.isnan(output.astype(np.float32)).all())

@@ -41,7 +41,7 @@ def eager(folder: Path) -> float:
     from rope_export.synthetic import block_of_artifact
 
     block = block_of_artifact(folder)
-    dtype = block.q_proj.weight.dtype
+    dtype = block.dtype
     with torch.no_grad():
         x = torch.randn(BATCH, PROMPT, block.hidden_size, dtype=dtype)
         y, cache = block(x, past=block.empty_cache(BATCH))

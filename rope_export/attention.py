@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from rope_export import lowering
 from rope_export.checks import finite_number, positive_integer
 from rope_export.errors import BadInputError
+from rope_export.latent import Latent, LatentProjection
+from rope_export.norm import Norm, QKNorm
 from rope_export.rotary import RotaryEmbedding
 from rope_export.scores import attend_explicitly, token_order, visible_keys
 
@@ -41,10 +43,11 @@ class Attention(nn.Module):
         softcap: scores ``s`` become ``softcap * tanh(s / softcap)`` (Gemma 2).
         sinks: a learned score for each head that takes part in the softmax and adds nothing
             (gpt-oss).
-        qk_norm: RMS norm with a learned weight on each query and key head, before the rotation
-            (Qwen3).
-        qk_norm_eps: added to the mean square, above 0: without it a head of zeros, as at padding,
-            would be divided by nothing.
+        qk_norm: True for an RMS norm with a learned weight on each query and key head, before the
+            rotation (Qwen3), or another `QKNorm`.
+        qk_norm_eps: added to the mean square where ``qk_norm`` is True, above 0.
+        latent: keys, values and perhaps queries go through latents of these ranks (DeepSeek-V2);
+            needs ``rope``, whose width every head shares, and as many key heads as query heads.
         qkv_bias: biases on the query, key and value projections.
         out_bias: bias on the output projection.
         scale: factor on the scores (default ``head_dim ** -0.5``).
@@ -66,8 +69,9 @@ class Attention(nn.Module):
         window: int | None = None,
         softcap: float | None = None,
         sinks: bool = False,
-        qk_norm: bool = False,
+        qk_norm: bool | QKNorm = False,
         qk_norm_eps: float = 1e-6,
+        latent: Latent | None = None,
         qkv_bias: bool = False,
         out_bias: bool = False,
         scale: float | None = None,
@@ -106,14 +110,51 @@ class Attention(nn.Module):
         self.softcap = None if softcap is None else finite_number("softcap", softcap)
         self.scale = head_dim**-0.5 if scale is None else finite_number("scale", scale)
         self.rope = rope
-        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
-        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
-        self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.value_head_dim, bias=qkv_bias)
+        self.latent: LatentProjection | None = None
+        if latent is None:
+            self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=qkv_bias)
+            self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=qkv_bias)
+            self.v_proj = nn.Linear(hidden_size, num_kv_heads * self.value_head_dim, bias=qkv_bias)
+        else:
+            self.latent = self._latent_projection(latent, qkv_bias=qkv_bias)
         self.o_proj = nn.Linear(num_heads * self.value_head_dim, hidden_size, bias=out_bias)
         eps = finite_number("qk_norm_eps", qk_norm_eps)
-        self.q_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
-        self.k_norm = nn.RMSNorm(head_dim, eps=eps) if qk_norm else None
+        norm = QKNorm(eps=eps) if qk_norm is True else qk_norm or None
+        self.q_norm = Norm(norm, num_heads, head_dim) if norm else None
+        self.k_norm = Norm(norm, num_kv_heads, head_dim) if norm else None
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
+
+    def _latent_projection(self, latent: Latent, *, qkv_bias: bool) -> LatentProjection:
+        if self.rope is None or self.rope.dim >= self.head_dim:
+            raise BadInputError(
+                "latent needs a rope that rotates part of each head, got "
+                f"{None if self.rope is None else self.rope.dim} of head_dim {self.head_dim}"
+            )
+        if self.num_kv_heads != self.num_heads:
+            raise BadInputError(
+                f"latent needs num_kv_heads equal to num_heads, got {self.num_kv_heads} and "
+                f"{self.num_heads}"
+            )
+        if qkv_bias:
+            raise BadInputError("latent has a bias of its own, got qkv_bias=True")
+        return LatentProjection(
+            latent,
+            self.hidden_size,
+            self.num_heads,
+            rotary_dim=self.rope.dim,
+            head_dim=self.head_dim,
+            value_head_dim=self.value_head_dim,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.o_proj.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.o_proj.weight.device
 
     def extra_repr(self) -> str:
         """One line for ``print(module)``."""
@@ -132,11 +173,8 @@ class Attention(nn.Module):
 
     def empty_cache(self, batch: int = 1) -> Cache:
         """A past of no tokens, to begin with: ``[batch, num_kv_heads, 0, head_dim]`` twice."""
-        weight = self.k_proj.weight
         key, value = (
-            torch.empty(
-                batch, self.num_kv_heads, 0, width, dtype=weight.dtype, device=weight.device
-            )
+            torch.empty(batch, self.num_kv_heads, 0, width, dtype=self.dtype, device=self.device)
             for width in (self.head_dim, self.value_head_dim)
         )
         return key, value
@@ -251,6 +289,25 @@ class Attention(nn.Module):
                     f"tokens), got {tuple(attention_mask.shape)} of {attention_mask.dtype}"
                 )
 
+    def project(
+        self, hidden_states: Tensor, *, widened: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Project, and normalise queries and keys; with ``widened``, in float32 from there on.
+
+        Returns:
+            queries ``[B, S, num_heads * head_dim]``, keys ``[B, S, num_kv_heads * head_dim]`` and
+            values ``[B, S, num_kv_heads * value_head_dim]``, not yet rotated.
+        """
+        if self.latent is not None:
+            q, k, v = self.latent(hidden_states)
+        else:
+            q, k, v = (p(hidden_states) for p in (self.q_proj, self.k_proj, self.v_proj))
+        if widened:
+            q, k, v = q.float(), k.float(), v.float()
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q, k, v
+
     def heads(
         self,
         hidden_states: Tensor,
@@ -264,11 +321,12 @@ class Attention(nn.Module):
             ``[B, num_heads, S, head_dim]``, ``[B, num_kv_heads, S, head_dim]`` and
             ``[B, num_kv_heads, S, value_head_dim]``; queries and keys are rotated.
         """
-        q = rearrange(self.q_proj(hidden_states), "b s (h d) -> b h s d", h=self.num_heads)
-        k = rearrange(self.k_proj(hidden_states), "b s (h d) -> b h s d", h=self.num_kv_heads)
-        v = rearrange(self.v_proj(hidden_states), "b s (h d) -> b h s d", h=self.num_kv_heads)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+        projected = self.project(hidden_states)
+        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        q, k, v = (
+            rearrange(x, "b s (h d) -> b h s d", h=count)
+            for x, count in zip(projected, counts, strict=True)
+        )
         if self.rope is not None:
             q, k = self.rope.rotate(q, k, position_ids=position_ids, offset=offset, seq_dim=-2)
         return q, k, v
@@ -320,6 +378,11 @@ class Attention(nn.Module):
         """Output projection of ``[B, num_heads, S, value_head_dim]``: ``[B, S, hidden_size]``."""
         output: Tensor = self.o_proj(rearrange(context, "b h s d -> b s (h d)"))
         return output
+
+    @property
+    def packs(self) -> bool:
+        """Whether nothing stands between the projections and the rotation."""
+        return self.latent is None and self.q_norm is None
 
     def packed_projection(self, hidden_states: Tensor) -> Tensor:
         """Queries, keys and values in one product: ``[B, S, heads * width]`` side by side."""

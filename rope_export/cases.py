@@ -108,7 +108,7 @@ def make_cases(
             if made is None and shape.loud:
                 continue  # beyond what the dtype carries, in PyTorch too
             if made is None:
-                dtype = str(block.q_proj.weight.dtype).removeprefix("torch.")
+                dtype = str(block.dtype).removeprefix("torch.")
                 raise BadInputError(
                     f"dtype {dtype} is too narrow for this block: eager PyTorch itself overflows "
                     f"on inputs [{shape.batch}, {shape.sequence}] of standard deviation "
@@ -137,7 +137,7 @@ def _expected(
     block: Attention, truth: Array, eager: Array, at: Places, *, loud: bool
 ) -> Expected | None:
     """How close is close enough, or None when eager PyTorch itself is not finite."""
-    dtype = str(block.q_proj.weight.dtype).removeprefix("torch.")
+    dtype = str(block.dtype).removeprefix("torch.")
     products = max(block.hidden_size, block.num_heads * block.value_head_dim)
     exact = np.ascontiguousarray(truth, dtype=np.float64)
     errors = errors_against(exact, eager)
@@ -468,7 +468,7 @@ def _draw(
     rng: np.random.Generator, block: Attention, batch: int, length: int, gain: float
 ) -> Tensor:
     normal = rng.standard_normal((batch, length, block.hidden_size), dtype=np.float32)
-    return torch.from_numpy(normal * np.float32(gain)).to(block.q_proj.weight.dtype)
+    return torch.from_numpy(normal * np.float32(gain)).to(block.dtype)
 
 
 def _draw_positions(

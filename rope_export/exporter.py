@@ -207,11 +207,10 @@ def build_model(block: Attention, plan: Plan) -> tuple[ir.Model, rules.Choice]:
         if low < high
     }
     examples, dynamic, largest = {}, {}, {}
-    weight = block.q_proj.weight
     for name, axes in inputs.items():
         shape = [sizes[axis] if isinstance(axis, str) else axis for axis in axes]
-        kind = torch.int64 if name in _INTEGERS else weight.dtype
-        examples[name] = torch.zeros(shape, dtype=kind, device=weight.device)
+        kind = torch.int64 if name in _INTEGERS else block.dtype
+        examples[name] = torch.zeros(shape, dtype=kind, device=block.device)
         named = {index: axis for index, axis in enumerate(axes) if isinstance(axis, str)}
         dynamic[name] = {index: dims[axis] for index, axis in named.items()}
         largest[name] = {index: ranges[axis] for index, axis in named.items()}
@@ -342,9 +341,10 @@ def describe_block(block: Attention) -> dict[str, Any]:
         "window": block.window,
         "softcap": block.softcap,
         "sinks": block.sinks is not None,
-        "qk_norm_eps": None if block.q_norm is None else block.q_norm.eps,
+        "qk_norm": None if block.q_norm is None else asdict(block.q_norm.spec),
+        "latent": None if block.latent is None else asdict(block.latent.spec),
         "scale": block.scale,
-        "qkv_bias": block.q_proj.bias is not None,
+        "qkv_bias": block.latent is None and block.q_proj.bias is not None,
         "out_bias": block.o_proj.bias is not None,
         "rope": None
         if rope is None

@@ -19,6 +19,7 @@ from rope_export.frequencies import Frequencies
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
+    from rope_export.norm import Norm
 
 _SLICE_ELEMENTS = 1 << 22  # scores alive at once: 32 MiB
 _PROJECTED_TOKENS = 4096
@@ -126,20 +127,71 @@ def rotate_exactly(x: Tensor, angles: Tensor, layout: str, length: float | Tenso
     return torch.cat((rearrange(torch.view_as_real(turned), back), x[..., width:]), dim=-1)
 
 
-def _project(layer: nn.Linear, x: Tensor, heads: int) -> Tensor:
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     weight = layer.weight.detach().double()
     bias = None if layer.bias is None else layer.bias.detach().double()
     parts = [
         torch.nn.functional.linear(part.double(), weight, bias)
         for part in x.split(_PROJECTED_TOKENS, dim=1)
     ]
-    return rearrange(torch.cat(parts, dim=1), "b s (h d) -> b h s d", h=heads)
+    return torch.cat(parts, dim=1)
 
 
-def _normalise(x: Tensor, norm: nn.RMSNorm | None, eps: float | None) -> Tensor:
+def _normalise(x: Tensor, norm: Norm | None, eps: float | None) -> Tensor:
+    """Normalise heads ``[B, H, S, D]``."""
     if norm is None or eps is None:
         return x
-    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.weight.detach().double()
+    axes: tuple[int, ...]
+    if norm.spec.over == "projection":
+        axes, like = (1, 3), "(h d) -> h 1 d"
+    else:
+        axes, like = (3,), "(h d) -> h 1 d" if norm.weight.ndim == 1 else "h d -> h 1 d"
+    if norm.spec.kind == "layer":
+        x = x - x.mean(axes, keepdim=True)
+    x = x * (x.square().mean(axes, keepdim=True) + eps).rsqrt()
+    heads = x.shape[1] if norm.spec.over == "projection" else 1
+    shape = {"h": heads} if norm.weight.ndim == 1 else {}
+    weight = rearrange(norm.weight.detach().double(), like, **shape)
+    x = x * (weight + (1.0 if norm.spec.unit_offset else 0.0))
+    if norm.bias is not None:
+        x = x + rearrange(norm.bias.detach().double(), like, **shape)
+    return x
+
+
+def _queries(block: Attention, x: Tensor, meaning: Semantics) -> Tensor:
+    if block.latent is None:
+        projected = _linear(block.q_proj, x)
+    elif block.latent.spec.q_rank is None:
+        projected = _linear(block.latent.q_proj, x)
+    else:
+        low = _single_head(_linear(block.latent.q_a_proj, x), block.latent.q_a_norm)
+        projected = _linear(block.latent.q_b_proj, low)
+    q = rearrange(projected, "b s (h d) -> b h s d", h=meaning.num_heads)
+    return _normalise(q, block.q_norm, meaning.norm_eps)
+
+
+def _keys_and_values(block: Attention, x: Tensor, meaning: Semantics) -> tuple[Tensor, Tensor]:
+    heads = meaning.num_kv_heads
+    if block.latent is None:
+        k, v = (
+            rearrange(_linear(layer, x), "b s (h d) -> b h s d", h=heads)
+            for layer in (block.k_proj, block.v_proj)
+        )
+    else:
+        mixed = _linear(block.latent.kv_a_proj, x)
+        rank = block.latent.spec.kv_rank
+        low = _single_head(mixed[..., :rank], block.latent.kv_a_norm)
+        plain, v = (
+            rearrange(_linear(layer, low), "b s (h d) -> b h s d", h=heads)
+            for layer in (block.latent.k_b_proj, block.latent.v_b_proj)
+        )
+        shared = mixed[..., rank:].unsqueeze(1).repeat(1, heads, 1, 1)
+        k = torch.cat((shared, plain), dim=-1)
+    return _normalise(k, block.k_norm, meaning.norm_eps), v
+
+
+def _single_head(x: Tensor, norm: Norm) -> Tensor:
+    return _normalise(x.unsqueeze(1), norm, norm.eps).squeeze(1)
 
 
 @torch.no_grad()
@@ -161,9 +213,7 @@ def keys_and_values(
     meaning = semantics or Semantics.of(block)
     length = hidden_states.shape[1]
     positions = torch.arange(length) if position_ids is None else position_ids
-    k = _project(block.k_proj, hidden_states, meaning.num_kv_heads)
-    v = _project(block.v_proj, hidden_states, meaning.num_kv_heads)
-    k = _normalise(k, block.k_norm, meaning.norm_eps)
+    k, v = _keys_and_values(block, hidden_states, meaning)
     return _turned(k, positions, meaning, calls, of_queries=False), v.roll(meaning.value_roll, 1)
 
 
@@ -217,10 +267,7 @@ def attention_truth(
         block, hidden_states, position_ids=position_ids, calls=calls, semantics=meaning
     )
     of_rows = calls or rows is None
-    q = _project(
-        block.q_proj, hidden_states if of_rows else hidden_states[:, picked], meaning.num_heads
-    )
-    q = _normalise(q, block.q_norm, meaning.norm_eps)
+    q = _queries(block, hidden_states if of_rows else hidden_states[:, picked], meaning)
     if of_rows:
         q = _turned(q, positions, meaning, calls, of_queries=True)[..., picked, :]
     else:

@@ -234,7 +234,7 @@ def _within_cap(
     block: Attention, shapes: list[Shape], with_positions: bool, cache: bool
 ) -> list[Shape]:
     """Say which shapes are stored; one too long to be is followed by the longest that fits."""
-    element = block.q_proj.weight.element_size()
+    element = block.o_proj.weight.element_size()
     cached_bytes = block.num_kv_heads * (block.head_dim + block.value_head_dim) * element * cache
     token_bytes = 2 * block.hidden_size * element + 8 * with_positions + cached_bytes
     affordable = int((TRUTH_FLOPS / truth_flops(block, 1, 1)) ** 0.5)

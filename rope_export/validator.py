@@ -52,7 +52,7 @@ def validate(
     folder = Path(exported) if isinstance(exported, str | Path) else exported.path
     artifact = Artifact.read(folder, verify=False)
     plan = Plan.from_json(artifact.config["export"])
-    dtype = str(block.q_proj.weight.dtype).removeprefix("torch.")
+    dtype = str(block.dtype).removeprefix("torch.")
     if dtype != plan.dtype:
         raise BadInputError(f"the artifact at {folder} is {plan.dtype}, the block given is {dtype}")
     trials, _ = make_trials(block, plan, progress)

@@ -13,6 +13,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from rope_export import Attention, RotaryEmbedding, export
+from rope_export.norm import Norm, QKNorm
 from rope_export.synthetic import random_block
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LONGEST = 64, 4, 2, 16, 48
@@ -439,7 +440,7 @@ def norms_exchanged(right: Attention) -> None:
 
 def norms_dropped(right: Attention) -> None:
     for name in ("q_norm", "k_norm"):
-        norm = torch.nn.RMSNorm(HEAD_DIM, eps=1e-6)
+        norm = Norm(QKNorm(), HEADS if name == "q_norm" else KV_HEADS, HEAD_DIM)
         norm.weight.data = 1 + _drawn(right, (HEAD_DIM,)) / 4
         setattr(right, name, norm)
 
@@ -465,7 +466,7 @@ def _give_bias(right: Attention, layer: torch.nn.Linear) -> None:
 
 def _drawn(block: Attention, shape: Sequence[int]) -> torch.Tensor:
     drawn = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    return drawn.to(block.q_proj.weight.dtype)
+    return drawn.to(block.dtype)
 
 
 # Defects, with the variant whose graph has them.

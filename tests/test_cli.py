@@ -334,7 +334,7 @@ def damage_graph(folder: Path) -> str:
 
 def damage_tolerance(folder: Path) -> str:
     vectors = json.loads((folder / "config.json").read_text())["test_vectors"]
-    next(iter(vectors[0]["bounds"].values()))["rel"] = 0
+    vectors[0]["bounds"]["output"]["tolerance"]["rel"] = 0
     edit(folder, test_vectors=vectors)
     return "must be finite, above 0"
 

@@ -404,7 +404,7 @@ class Shared:
 
 
 def dtype_of(block: Attention) -> np.dtype[Any]:
-    return np.dtype(str(block.q_proj.weight.dtype).removeprefix("torch."))
+    return np.dtype(str(block.dtype).removeprefix("torch."))
 
 
 def open_session(path: Path) -> onnxruntime.InferenceSession:

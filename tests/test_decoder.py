@@ -41,7 +41,7 @@ def served(exports, request) -> tuple[Attention, Path, str]:
 def drawn(block: Attention, rows: int, length: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, length, block.hidden_size, generator=generator)
-    return (2 * x).to(block.q_proj.weight.dtype)
+    return (2 * x).to(block.dtype)
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> np.ndarray:

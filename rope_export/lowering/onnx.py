@@ -62,7 +62,7 @@ def rotated_projections(
 
     With ``widened`` the projections continue in float32.
     """
-    q, k, v = normal_projections(block, hidden_states, widened=widened)
+    q, k, v = block.project(hidden_states, widened=widened)
     if block.rope is not None:
         if position_ids is None:
             position_ids = block.rope.implied_positions(hidden_states.shape[1])
@@ -70,21 +70,6 @@ def rotated_projections(
         shape = (block.head_dim, block.rope.layout)
         q = _rotary_node(q, for_q, block.num_heads, *shape)
         k = _rotary_node(k, for_k, block.num_kv_heads, *shape)
-    return q, k, v
-
-
-def normal_projections(
-    block: Attention, hidden_states: Tensor, *, widened: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Project, and normalise the heads of queries and keys: all ``[B, S, heads * width]``."""
-    q, k, v = (p(hidden_states) for p in (block.q_proj, block.k_proj, block.v_proj))
-    if widened:
-        q, k, v = q.float(), k.float(), v.float()
-    if block.q_norm is not None and block.k_norm is not None:
-        q, k = (
-            ops.rms_norm(x.unflatten(-1, (-1, block.head_dim)), norm.weight, norm.eps).flatten(-2)
-            for x, norm in ((q, block.q_norm), (k, block.k_norm))
-        )
     return q, k, v
 
 

@@ -47,10 +47,10 @@ def _gqa(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tensor
         assert sin is not None
         table = (cos, sin)
     if block.rope is None or table is not None:
-        if block.q_norm is None and not choice.window_block:
+        if block.packs and not choice.window_block:
             q, k, v = block.packed_projection(hidden_states), None, None
         else:
-            q, k, v = onnx.normal_projections(block, hidden_states)
+            q, k, v = block.project(hidden_states)
     else:
         q, k, v = onnx.rotated_projections(block, hidden_states, position_ids)
     batch, length = q.shape[0], q.shape[1]

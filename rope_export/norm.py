@@ -1,0 +1,111 @@
+"""Norms of queries and keys, as models have them: RMS or layer norm, of heads or of all at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rope_export import lowering
+from rope_export.checks import finite_number
+from rope_export.errors import BadInputError
+from rope_export.lowering import ops
+
+NormKind = Literal["rms", "layer"]
+NormOver = Literal["head", "each_head", "projection"]
+
+
+@dataclass(frozen=True)
+class QKNorm:
+    """How queries and keys are normalised before they are rotated.
+
+    Attributes:
+        kind: ``"rms"`` (Qwen3) or ``"layer"`` norm (Phi).
+        over: ``"head"``: every head alone, all with one weight; ``"each_head"``: every head alone,
+            each with its own (Cohere, StableLM); ``"projection"``: all heads as one (OLMo 2).
+        bias: whether a layer norm adds a bias.
+        unit_offset: a weight ``w`` multiplies by ``1 + w`` (Gemma).
+        eps: added to the mean square, above 0: without it a head of zeros, as at padding, would be
+            divided by nothing.
+
+    Raises:
+        BadInputError: a field is out of range.
+    """
+
+    kind: NormKind = "rms"
+    over: NormOver = "head"
+    bias: bool = False
+    unit_offset: bool = False
+    eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name, value, choices in (
+            ("kind", self.kind, get_args(NormKind)),
+            ("over", self.over, get_args(NormOver)),
+        ):
+            if value not in choices:
+                raise BadInputError(
+                    f"{name} of a norm must be one of {', '.join(choices)}, got {value!r}"
+                )
+        if self.bias and self.kind == "rms":
+            raise BadInputError("bias is of a layer norm, got it with kind 'rms'")
+        finite_number("qk_norm_eps", self.eps)
+
+
+class Norm(nn.Module):
+    """A `QKNorm` with its weights, in float32 whatever its input.
+
+    Args:
+        spec: which norm.
+        num_heads: heads side by side in its input.
+        head_dim: width of one.
+    """
+
+    def __init__(self, spec: QKNorm, num_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.spec = spec
+        self.num_heads = num_heads
+        self.head_dim = head_dim
+        self.eps = spec.eps
+        shape = {
+            "head": (head_dim,),
+            "each_head": (num_heads, head_dim),
+            "projection": (num_heads * head_dim,),
+        }[spec.over]
+        neutral = torch.zeros if spec.unit_offset else torch.ones
+        self.weight = nn.Parameter(neutral(shape))
+        self.bias = nn.Parameter(torch.zeros(shape)) if spec.bias else None
+
+    def extra_repr(self) -> str:
+        """One line for ``print(module)``."""
+        return f"{self.spec.kind}, over={self.spec.over}, eps={self.eps:g}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise heads side by side: ``[..., num_heads * head_dim]``, in their dtype."""
+        weight = self.weight.float()
+        if self.spec.unit_offset:
+            weight = weight + 1
+        bias = None if self.bias is None else self.bias.float()
+        shared = self.spec.over != "each_head"
+        whole = self.spec.over == "projection" or self.num_heads == 1
+        heads = x.float() if whole else x.float().unflatten(-1, (self.num_heads, self.head_dim))
+        if self.spec.kind == "layer":
+            scale, shift = (weight, bias) if shared else (None, None)
+            normal = F.layer_norm(heads, heads.shape[-1:], scale, shift, self.eps)
+        else:
+            normal = _rms(heads, weight if shared else None, self.eps)
+        if not shared:
+            normal = normal * weight.reshape(heads.shape[-1] if whole else weight.shape)
+            if bias is not None:
+                normal = normal + bias.reshape(heads.shape[-1] if whole else bias.shape)
+        return (normal if whole else normal.flatten(-2)).to(x.dtype)
+
+
+def _rms(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    target = lowering.active()
+    if target is None or target.name == "primitive":  # opset 18 has no operator for it
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    return ops.rms_norm(x, torch.ones(x.shape[-1]) if weight is None else weight, eps)
