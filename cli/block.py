@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from . import show
 from .options import JsonObject, json_option, provider_option
@@ -41,7 +42,17 @@ PARAMETERS = {
     "padding='left'": "--padding left",
     "padding": "--padding",
     "causal=False": "--no-causal",
+    "layer must": "--layer must",
+    "family must": "--family must",
+    "name it as family": "name it with --family",
 }
+# What a checkpoint says of itself.
+_OF_A_RANDOM_BLOCK = (
+    "hidden", "heads", "kv_heads", "head_dim", "theta", "scaling", "rotary_dim", "layout",
+    "value_head_dim", "window", "softcap", "sinks", "qk_norm", "qk_norm_eps", "qkv_bias",
+    "out_bias", "scale", "no_causal",
+)  # fmt: skip
+_DEFAULT_LENGTH = 4096
 # Sizes no block has; beyond them a typing error is more likely than a model.
 _LONGEST, _WIDEST, _MOST_HEADS, _WIDEST_HEAD, _MOST_ROWS = 2**24, 2**20, 2**14, 2**14, 2**20
 
@@ -53,94 +64,121 @@ Examples:
   rope-export block --hidden 4096 --heads 32 --kv-heads 8 --theta 500000 --dtype float16
   rope-export block --seq 131072 --theta 500000 --scaling @rope_parameters.json
   rope-export block --cache --window 512 --kv-heads 4 --seq 8192
+  rope-export block --from ~/models/Qwen3-8B --layer 3 --cache --dtype float16
   rope-export block --seq 8192 --target onnx --layout interleaved --out exported/standard"""
+)
+@click.option(
+    "--from",
+    "checkpoint",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="DIR",
+    help="Take shape, RoPE and weights from a local Hugging Face checkpoint (config.json and "
+    "safetensors) instead of the options marked (R).",
+)
+@click.option(
+    "--layer",
+    type=click.IntRange(0),
+    default=None,
+    help="Which layer of the checkpoint.  [default: 0]",
+)
+@click.option(
+    "--family",
+    default=None,
+    metavar="NAME",
+    help="Read the checkpoint as this model_type instead of its own.",
 )
 @click.option(
     "--seq",
     type=click.IntRange(1, _LONGEST),
-    default=4096,
-    show_default=True,
-    help="Longest sequence served.",
+    default=None,
+    help="Longest sequence served.  [default: 4096, or what a checkpoint states if less]",
 )
 @click.option(
     "--hidden",
     type=click.IntRange(1, _WIDEST),
     default=1024,
     show_default=True,
-    help="Width of the residual stream.",
+    help="(R) Width of the residual stream.",
 )
 @click.option(
     "--heads",
     type=click.IntRange(1, _MOST_HEADS),
     default=16,
     show_default=True,
-    help="Query heads.",
+    help="(R) Query heads.",
 )
 @click.option(
     "--kv-heads",
     type=click.IntRange(1, _MOST_HEADS),
     default=None,
-    help="Key and value heads: as --heads for multi-head, 1 for multi-query.  [default: --heads]",
+    help="(R) Key and value heads: as --heads for multi-head, 1 for multi-query.  "
+    "[default: --heads]",
 )
 @click.option(
     "--head-dim",
     type=click.IntRange(1, _WIDEST_HEAD),
     default=None,
-    help="Width of one head.  [default: --hidden / --heads]",
+    help="(R) Width of one head.  [default: --hidden / --heads]",
 )
-@click.option("--theta", type=float, default=None, help="Base of the RoPE.  [default: 10000]")
+@click.option("--theta", type=float, default=None, help="(R) Base of the RoPE.  [default: 10000]")
 @click.option(
     "--scaling",
     type=JsonObject(),
     default=None,
     metavar="JSON|@FILE",
-    help="Hugging Face rope_parameters or rope_scaling: axial, default, dynamic, linear, llama3, "
-    "longrope, mrope, ntk, proportional or yarn, for example "
+    help="(R) Hugging Face rope_parameters or rope_scaling: axial, default, dynamic, linear, "
+    "llama3, longrope, mrope, ntk, proportional or yarn, for example "
     '\'{"rope_type": "yarn", "factor": 4}\'.',
 )
 @click.option(
     "--rotary-dim",
     type=click.IntRange(1, _WIDEST_HEAD),
     default=None,
-    help="Rotated part of each head.  [default: --head-dim]",
+    help="(R) Rotated part of each head.  [default: --head-dim]",
 )
 @click.option(
     "--layout",
     type=click.Choice(["half", "interleaved"]),
     default="half",
     show_default=True,
-    help="Which channels are rotated together: half as in Llama, interleaved as in GPT-J.",
+    help="(R) Which channels are rotated together: half as in Llama, interleaved as in GPT-J.",
 )
 @click.option(
     "--value-head-dim",
     type=click.IntRange(1, _WIDEST_HEAD),
     default=None,
-    help="Width of one value head.  [default: --head-dim]",
+    help="(R) Width of one value head.  [default: --head-dim]",
 )
 @click.option(
     "--window",
     type=click.IntRange(1, _LONGEST),
     default=None,
-    help="Sliding window: a token sees the last N, itself included; with --no-causal those up to N "
-    "away.  [default: all]",
+    help="(R) Sliding window: a token sees the last N, itself included; with --no-causal those up "
+    "to N away.  [default: all]",
 )
-@click.option("--softcap", type=float, default=None, help="Bound scores by F * tanh(s / F).")
-@click.option("--sinks", is_flag=True, help="A learned sink for each head (gpt-oss).")
+@click.option("--softcap", type=float, default=None, help="(R) Bound scores by F * tanh(s / F).")
+@click.option("--sinks", is_flag=True, help="(R) A learned sink for each head (gpt-oss).")
 @click.option(
-    "--qk-norm", is_flag=True, help="RMS norm of query and key heads before the rotation (Qwen3)."
+    "--qk-norm",
+    is_flag=True,
+    help="(R) RMS norm of query and key heads before the rotation (Qwen3).",
 )
 @click.option(
     "--qk-norm-eps",
     type=float,
     default=None,
-    help="Added to the mean square by --qk-norm.  [default: 1e-06]",
+    help="(R) Added to the mean square by --qk-norm.  [default: 1e-06]",
 )
-@click.option("--qkv-bias", is_flag=True, help="Biases on queries, keys and values.")
-@click.option("--out-bias", is_flag=True, help="Bias on the output projection.")
+@click.option("--qkv-bias", is_flag=True, help="(R) Biases on queries, keys and values.")
+@click.option("--out-bias", is_flag=True, help="(R) Bias on the output projection.")
 @click.option(
-    "--scale", type=float, default=None, help="Factor on the scores.  [default: head dim ** -0.5]"
+    "--scale",
+    type=float,
+    default=None,
+    help="(R) Factor on the scores.  [default: head dim ** -0.5]",
 )
-@click.option("--no-causal", is_flag=True, help="Let every token see every other.")
+@click.option("--no-causal", is_flag=True, help="(R) Let every token see every other.")
 @click.option(
     "--cache",
     is_flag=True,
@@ -175,9 +213,8 @@ Examples:
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
-    default="float32",
-    show_default=True,
-    help="Weights and activations.",
+    default=None,
+    help="Weights and activations.  [default: float32, or as the checkpoint has them]",
 )
 @provider_option(
     "Make the graph for this provider and prove it there; repeatable.  [default: cpu, and proven "
@@ -200,15 +237,20 @@ Examples:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default=Path("exported/block"),
-    show_default=True,
-    help="Artifact folder; an earlier artifact there is replaced.",
+    default=None,
+    help="Artifact folder; an earlier artifact there is replaced.  [default: exported/block, or "
+    "exported/NAME-layer-N of a checkpoint]",
 )
 @click.option("--no-validate", is_flag=True, help="Export without running the graph.")
 @json_option()
+@click.pass_context
 def block(
+    context: click.Context,
     *,
-    seq: int,
+    checkpoint: Path | None,
+    layer: int | None,
+    family: str | None,
+    seq: int | None,
     hidden: int,
     heads: int,
     kv_heads: int | None,
@@ -232,19 +274,19 @@ def block(
     padding: str,
     position_ids: bool,
     target: str,
-    dtype: str,
+    dtype: str | None,
     providers: tuple[str, ...],
     static: bool,
     batch: int | None,
     seed: int,
-    out: Path,
+    out: Path | None,
     no_validate: bool,
     as_json: bool,
 ) -> None:
     """Export an attention block with RoPE to ONNX and prove it equal to PyTorch.
 
-    Random weights are drawn from --seed. The graph is run by onnxruntime at shapes it was never
-    traced at and compared with eager PyTorch and with float64 truth.
+    Random weights are drawn from --seed, or read with --from. The graph is run by onnxruntime at
+    shapes it was never traced at and compared with eager PyTorch and with float64 truth.
     """
     steps = show.Steps()
     if not no_validate:
@@ -256,34 +298,62 @@ def block(
         raise click.UsageError(f"--batch {batch} is for static graphs: give --static too")
     if qk_norm_eps is not None and not qk_norm:
         raise click.UsageError(f"--qk-norm-eps {qk_norm_eps:g} is of a norm: give --qk-norm too")
+    _check_source(context, checkpoint, layer, family)
+    out = out or _default_folder(checkpoint, layer or 0)
+    found = None
+    if checkpoint is not None:
+        from rope_export.pretrained.geometry import layer_at
+
+        found = layer_at(checkpoint, layer or 0, family)
     steps("loading PyTorch")
     from rope_export import artifact
     from rope_export.exporter import export
-    from rope_export.synthetic import random_block
 
     artifact.check_destination(out)
-    shape: dict[str, Any] = {
-        "hidden_size": hidden,
-        "num_heads": heads,
-        "num_kv_heads": kv_heads,
-        "head_dim": head_dim,
-        "theta": theta,
-        "scaling": scaling,
-        "rotary_dim": rotary_dim,
-        "layout": layout,
-        "max_seq_len": seq,
-        "value_head_dim": value_head_dim,
-        "causal": not no_causal,
-        "window": window,
-        "softcap": softcap,
-        "sinks": sinks,
-        "qk_norm": qk_norm,
-        "qk_norm_eps": 1e-6 if qk_norm_eps is None else qk_norm_eps,
-        "qkv_bias": qkv_bias,
-        "out_bias": out_bias,
-        "scale": scale,
-        "dtype": dtype,
-    }
+    origin = ""
+    shape: dict[str, Any]
+    if checkpoint is not None and found is not None:
+        from rope_export.attention import Attention
+
+        steps(f"reading layer {found.index} of {checkpoint}")
+        seq = seq or min(_DEFAULT_LENGTH, found.max_position_embeddings)
+        attention = Attention.from_checkpoint(
+            checkpoint, found.index, family=family, dtype=dtype, max_seq_len=seq
+        )
+        origin = f"{checkpoint}, {found.summary()}"
+        shape = {
+            "checkpoint": checkpoint.resolve().name,
+            "layer": found.index,
+            "family": found.family,
+            "max_seq_len": seq,
+            "dtype": str(attention.dtype).removeprefix("torch."),
+        }
+    else:
+        from rope_export.synthetic import random_block
+
+        shape = {
+            "hidden_size": hidden,
+            "num_heads": heads,
+            "num_kv_heads": kv_heads,
+            "head_dim": head_dim,
+            "theta": theta,
+            "scaling": scaling,
+            "rotary_dim": rotary_dim,
+            "layout": layout,
+            "max_seq_len": seq or _DEFAULT_LENGTH,
+            "value_head_dim": value_head_dim,
+            "causal": not no_causal,
+            "window": window,
+            "softcap": softcap,
+            "sinks": sinks,
+            "qk_norm": qk_norm,
+            "qk_norm_eps": 1e-6 if qk_norm_eps is None else qk_norm_eps,
+            "qkv_bias": qkv_bias,
+            "out_bias": out_bias,
+            "scale": scale,
+            "dtype": dtype or "float32",
+        }
+        attention = random_block(seed=seed, **shape)
     interface: dict[str, Any] = {
         "position_ids": position_ids,
         "cache": cache,
@@ -292,12 +362,12 @@ def block(
         "static": static,
         "batch": batch or 1,
     }
-    attention = random_block(seed=seed, **shape)
     result = export(
         attention,
         out,
         target=target,
         providers=providers or ("cpu",),
+        max_seq_len=shape["max_seq_len"],
         **interface,
         seed=seed,
         validate=not no_validate,
@@ -315,5 +385,27 @@ def block(
     report = result.report
     replayable = any(out.glob("test_data_set_*"))
     then = f"rope-export validate {shlex.quote(str(out))}  (on the machine it is deployed to)"
-    show.show(report, out, as_json=as_json, then=then if replayable else "")
+    show.show(report, out, as_json=as_json, origin=origin, then=then if replayable else "")
     sys.exit(0 if no_validate or report.passed else 1)
+
+
+def _check_source(
+    context: click.Context, checkpoint: Path | None, layer: int | None, family: str | None
+) -> None:
+    """Refuse options of a random block with a checkpoint, and the other way round."""
+    for name, value in (("--layer", layer), ("--family", family)):
+        if checkpoint is None and value is not None:
+            raise click.UsageError(f"{name} {value} is of a checkpoint: give --from too")
+    if checkpoint is None:
+        return
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "")
+        if parameter.name in _OF_A_RANDOM_BLOCK and given is ParameterSource.COMMANDLINE:
+            raise click.UsageError(
+                f"{parameter.opts[0]} is for the checkpoint to say: leave it out with --from"
+            )
+
+
+def _default_folder(checkpoint: Path | None, layer: int) -> Path:
+    name = "block" if checkpoint is None else f"{checkpoint.resolve().name}-layer-{layer}"
+    return Path("exported") / name

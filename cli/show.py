@@ -33,8 +33,8 @@ class ReaderGoneError(Exception):
     """Whoever read stdout has gone, as ``head`` does."""
 
 
-def show(report: Report, path: Path, *, as_json: bool, then: str = "") -> None:
-    """Print the report, and what to do next.
+def show(report: Report, path: Path, *, as_json: bool, origin: str = "", then: str = "") -> None:
+    """Print the report, with where the block came from and what to do next.
 
     Raises:
         ReaderGoneError: the reader of stdout has gone.
@@ -44,6 +44,8 @@ def show(report: Report, path: Path, *, as_json: bool, then: str = "") -> None:
         if as_json:
             print_json(report, path)
         else:
+            if origin:
+                click.echo(f"{'checkpoint':<12} {origin}")
             print_report(report, path)
             if then and report.passed:
                 click.echo(f"next: {then}")

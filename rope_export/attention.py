@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import overload
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from rope_export import lowering
 from rope_export.checks import finite_number, positive_integer
 from rope_export.errors import BadInputError
-from rope_export.latent import Latent, LatentProjection
-from rope_export.norm import Norm, QKNorm
+from rope_export.latent import LatentProjection
+from rope_export.norm import Norm
 from rope_export.rotary import RotaryEmbedding
 from rope_export.scores import attend_explicitly, token_order, visible_keys
+from rope_export.specs import Latent, QKNorm
 
 Cache = tuple[Tensor, Tensor]
 _MASK_DTYPES = (torch.bool, torch.int32, torch.int64)
@@ -123,6 +125,37 @@ class Attention(nn.Module):
         self.q_norm = Norm(norm, num_heads, head_dim) if norm else None
         self.k_norm = Norm(norm, num_kv_heads, head_dim) if norm else None
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        layer: int = 0,
+        *,
+        family: str | None = None,
+        dtype: str | None = None,
+        max_seq_len: int | None = None,
+    ) -> Attention:
+        """Build the attention of one layer of a local Hugging Face checkpoint, with its weights.
+
+        ``config.json`` says what the attention is, by the table of families
+        (`rope_export.pretrained.families`), and only that layer's tensors are read, from
+        safetensors. transformers is not needed, and nothing is unpickled.
+
+        Args:
+            path: the checkpoint's folder.
+            layer: which layer, from 0.
+            family: a row of the table, instead of that of ``model_type``.
+            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` (default: as stored).
+            max_seq_len: positions served (default: ``max_position_embeddings``).
+
+        Raises:
+            BadInputError: the folder, a file, the family, the layer or a tensor is missing, broken,
+                quantised, or not what the configuration says; the message names it.
+        """
+        from rope_export.pretrained.weights import load_attention
+
+        return load_attention(path, layer, family=family, dtype=dtype, max_seq_len=max_seq_len)
 
     def _latent_projection(self, latent: Latent, *, qkv_bias: bool) -> LatentProjection:
         if self.rope is None or self.rope.dim >= self.head_dim:

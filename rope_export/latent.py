@@ -2,38 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from rope_export.checks import positive_integer
-from rope_export.norm import Norm, QKNorm
-
-
-@dataclass(frozen=True)
-class Latent:
-    """Ranks of the latents of multi-head latent attention (MLA).
-
-    Source: DeepSeek-AI, "DeepSeek-V2" (2024), section 2.1.
-
-    Attributes:
-        kv_rank: width of the latent of keys and values.
-        q_rank: width of the latent of queries, or None where they are projected at once.
-        eps: of the RMS norm of each latent.
-        bias: biases on the projections into the latents.
-    """
-
-    kv_rank: int
-    q_rank: int | None = None
-    eps: float = 1e-6
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        positive_integer("kv_rank", self.kv_rank)
-        if self.q_rank is not None:
-            positive_integer("q_rank", self.q_rank)
+from rope_export.norm import Norm
+from rope_export.specs import Latent, QKNorm
 
 
 class LatentProjection(nn.Module):

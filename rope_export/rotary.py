@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,14 @@ from rope_export.xpos import XPos
 
 Turns = tuple[Tensor, Tensor]
 """Cosines and sines of tokens, ``[S, r / 2]`` or ``[B, S, r / 2]`` float32."""
+
+
+class SupportsToDict(Protocol):
+    """A configuration object, as those of transformers."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its content."""
+        ...
 
 
 class RotaryEmbedding(nn.Module):
@@ -156,6 +165,41 @@ class RotaryEmbedding(nn.Module):
                 self.dim, xpos_scale_base, max_seq_len, interpolate_factor, device=device
             )
         self._fill_freqs()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any] | str | Path | SupportsToDict,
+        layer: int = 0,
+        *,
+        family: str | None = None,
+        max_seq_len: int | None = None,
+    ) -> RotaryEmbedding | None:
+        """Build the RoPE of one layer of a Hugging Face model: layout, width, base and scaling.
+
+        Args:
+            config: content of its ``config.json``, the folder that holds one, or transformers'
+                configuration object.
+            layer: which layer, from 0.
+            family: a row of `rope_export.pretrained.families`, instead of that of ``model_type``.
+            max_seq_len: positions served (default: ``max_position_embeddings``).
+
+        Returns:
+            the RoPE, or None where the layer has none (SmolLM3, EXAONE 4, Command R7B).
+
+        Raises:
+            BadInputError: the family, the layer or a field is missing or of no use.
+        """
+        from rope_export.pretrained.geometry import layer_at, layer_of
+
+        if isinstance(config, str | Path):
+            found = layer_at(config, layer, family)
+        else:
+            content = config if isinstance(config, Mapping) else config.to_dict()
+            found = layer_of(content, layer, family)
+        if found.rope is None:
+            return None
+        return found.rope.embedding(max_seq_len or found.max_position_embeddings)
 
     @property
     def device(self) -> torch.device:

@@ -13,7 +13,8 @@ import torch
 from onnx import helper, numpy_helper
 
 from rope_export import Attention, RotaryEmbedding, export
-from rope_export.norm import Norm, QKNorm
+from rope_export.norm import Norm
+from rope_export.specs import QKNorm
 from rope_export.synthetic import random_block
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LONGEST = 64, 4, 2, 16, 48
