@@ -14,6 +14,7 @@ from rope_export.errors import BadInputError, ExportError, ProviderUnavailableEr
 
 from . import show
 from .block import PARAMETERS, block
+from .inspect import inspect
 from .interrupts import MESSAGE, StoppedError, clean_interrupts
 from .validate import validate
 
@@ -32,6 +33,7 @@ def main() -> None:
 
 
 main.add_command(block)
+main.add_command(inspect)
 main.add_command(validate)
 
 
