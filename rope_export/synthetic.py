@@ -59,6 +59,11 @@ def block_of_artifact(folder: str | Path) -> Attention:
     artifact = Artifact.read(Path(folder), verify=False)
     options = artifact.config.get("options") or {}
     arguments = {name: value for name, value in options.items() if name not in _NOT_OF_THE_BLOCK}
+    if "checkpoint" in options:
+        raise BadInputError(
+            f"{folder}: is layer {options.get('layer')} of {options['checkpoint']!r}: "
+            "Attention.from_checkpoint makes its block"
+        )
     if not {"hidden_size", "num_heads", "max_seq_len"} <= set(arguments):
         raise BadInputError(
             f"{folder}: does not say how to make its block; it was exported from Python"

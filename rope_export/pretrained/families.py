@@ -64,7 +64,8 @@ class Family:
         layout: which channels form a pair.
         spelled: field names where they differ from most families'.
         defaults: what is assumed where a field is missing, as the family's own code does.
-        rope: RoPE of a layer; None where it has none.
+        rope: RoPE of a layer.
+        rotates: whether a layer has RoPE, where not all have.
         window: sliding window of a layer.
         norm: norm of queries and keys.
         scale: factor on the scores; None for ``head_dim ** -0.5``.
@@ -85,7 +86,8 @@ class Family:
     layout: Layout = "half"
     spelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    rope: Callable[[Family, Fields, int, int], Rope | None] = lambda *given: rotary(*given)
+    rope: Callable[[Family, Fields, int, int], Rope] = lambda *given: rotary(*given)
+    rotates: Callable[[Fields, int], bool] | None = None
     window: Callable[[Fields, int], int | None] = lambda _f, _layer: None
     norm: Callable[[Fields], QKNorm | None] = lambda _: None
     scale: Callable[[Fields], float | None] = lambda _: None
@@ -117,13 +119,6 @@ def rotary(
     dim = head_dim if rope_type == "proportional" else int(head_dim * share)
     plain = rope_type == "default" and set(stated) <= _OF_EVERY_ROPE
     return Rope(dim, stated["rope_theta"], family.layout, None if plain else stated)
-
-
-def _rope_if(condition: Callable[[Fields, int], bool]) -> Callable[..., Rope | None]:
-    def rope(family: Family, f: Fields, layer: int, head_dim: int) -> Rope | None:
-        return rotary(family, f, layer, head_dim) if condition(f, layer) else None
-
-    return rope
 
 
 def _gemma3_rope(family: Family, f: Fields, layer: int, head_dim: int) -> Rope:
@@ -269,10 +264,6 @@ def _smollm3_window(f: Fields, layer: int) -> int | None:
     if not f.flag("use_sliding_window"):
         return None
     return _with_types(lambda f, i: not _rotates(f, i))(f, layer)
-
-
-def _in_windows_only(window: Callable[[Fields, int], int | None]) -> Callable[..., Rope | None]:
-    return _rope_if(lambda f, layer: window(f, layer) is not None)
 
 
 _COHERE2_WINDOW = _with_types(_pattern(4))
@@ -488,7 +479,7 @@ FAMILIES: dict[str, Family] = {
         "Command R7B, Command A",
         layout="interleaved",
         defaults={"sliding_window": 4096},
-        rope=_in_windows_only(_COHERE2_WINDOW),
+        rotates=lambda f, i: _COHERE2_WINDOW(f, i) is not None,
         window=_COHERE2_WINDOW,
         head_dim=lambda f: f.integer("hidden_size") // f.integer("num_attention_heads"),
         qkv_bias="attention_bias",
@@ -507,7 +498,7 @@ FAMILIES: dict[str, Family] = {
     "exaone4": Family(
         "EXAONE 4",
         defaults={"num_key_value_heads": 32, "sliding_window": 4096, "rms_norm_eps": 1e-5},
-        rope=_rope_if(lambda f, i: _window(f) is None or _EXAONE4_WINDOW(f, i) is not None),
+        rotates=lambda f, i: _window(f) is None or _EXAONE4_WINDOW(f, i) is not None,
         window=_EXAONE4_WINDOW,
         norm=_rms(),
     ),
@@ -679,7 +670,7 @@ FAMILIES: dict[str, Family] = {
         _LLAMA,
         models="SmolLM3",
         defaults={"num_key_value_heads": 4, "rope_theta": 2000000.0},
-        rope=_rope_if(_rotates),
+        rotates=_rotates,
         window=_smollm3_window,
     ),
     "stablelm": Family(

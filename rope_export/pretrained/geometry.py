@@ -89,6 +89,7 @@ def layer_of(config: Mapping[str, Any], layer: int, family: str | None = None) -
         )
     latent = row.latent(f)
     scale = row.scale(f)
+    rotates = row.rotates is None or row.rotates(f, layer)
     capped = row.softcap is not None and f.get(row.softcap) is not None
     return Layer(
         family=name,
@@ -98,7 +99,7 @@ def layer_of(config: Mapping[str, Any], layer: int, family: str | None = None) -
         num_kv_heads=num_heads if latent else num_kv_heads,
         head_dim=head_dim,
         value_head_dim=f.integer("v_head_dim") if latent else head_dim,
-        rope=row.rope(row, f, layer, head_dim),
+        rope=row.rope(row, f, layer, head_dim) if rotates else None,
         causal=row.causal,
         window=row.window(f, layer),
         softcap=f.number(row.softcap) if row.softcap and capped else None,
