@@ -34,15 +34,21 @@ Examples:
   rope-export inspect ~/checkpoints/Llama-3.2-1B"""
 )
 @click.argument("path", metavar="PATH", type=click.Path(path_type=Path))
+@click.option(
+    "--family",
+    default=None,
+    metavar="NAME",
+    help="Read a checkpoint as this model_type instead of its own.",
+)
 @json_option()
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, family: str | None, as_json: bool) -> None:
     """Say how the ONNX file, artifact or checkpoint folder PATH does RoPE and attention.
 
     Of graphs: operators, rotation, positions served, where a score for every pair of tokens is in
     memory, cache and files. Of checkpoints: each layer's attention. Nothing is run or loaded, and
     PyTorch need not be installed for graphs.
     """
-    document, rows = _inspected(path)
+    document, rows = _inspected(path, family)
     try:
         if as_json:
             click.echo(json.dumps({"path": str(path), **document}, indent=2, allow_nan=False))
@@ -56,7 +62,7 @@ def inspect(path: Path, as_json: bool) -> None:
         raise show.OutputError(f"stdout: {error.strerror}") from error
 
 
-def _inspected(path: Path) -> tuple[dict[str, Any], Iterable[Row]]:
+def _inspected(path: Path, family: str | None) -> tuple[dict[str, Any], Iterable[Row]]:
     """The JSON document and the rows of the table."""
     from rope_export.errors import BadInputError
 
@@ -73,7 +79,7 @@ def _inspected(path: Path) -> tuple[dict[str, Any], Iterable[Row]]:
     if "format" in config:
         return _artifact(path)
     if "model_type" in config:
-        return _checkpoint(path, config)
+        return _checkpoint(path, config, family)
     raise BadInputError(
         f"{path / _CONFIG}: neither an artifact's ('format') nor a checkpoint's "
         f"('model_type'){hint}"
@@ -166,12 +172,14 @@ def _settings(content: dict[str, Any]) -> str:
 # --- checkpoints ----------------------------------------------------------------------------
 
 
-def _checkpoint(path: Path, config: dict[str, Any]) -> tuple[dict[str, Any], Iterable[Row]]:
+def _checkpoint(
+    path: Path, config: dict[str, Any], family: str | None
+) -> tuple[dict[str, Any], Iterable[Row]]:
     from rope_export.pretrained.checkpoint import naming
     from rope_export.pretrained.geometry import layers_of
 
     with naming(path):
-        layers = [layer.to_json() for layer in layers_of(config)]
+        layers = [layer.to_json() for layer in layers_of(config, family)]
     return {"kind": "checkpoint", "layers": layers}, _checkpoint_rows(path, layers)
 
 

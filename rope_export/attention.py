@@ -133,7 +133,7 @@ class Attention(nn.Module):
         layer: int = 0,
         *,
         family: str | None = None,
-        dtype: str | None = None,
+        dtype: str | torch.dtype | None = None,
         max_seq_len: int | None = None,
     ) -> Attention:
         """Build the attention of one layer of a local Hugging Face checkpoint, with its weights.
@@ -146,7 +146,7 @@ class Attention(nn.Module):
             path: the checkpoint's folder.
             layer: which layer, from 0.
             family: a row of the table, instead of that of ``model_type``.
-            dtype: ``"float32"``, ``"float16"`` or ``"bfloat16"`` (default: as stored).
+            dtype: float32, float16 or bfloat16, by name or torch's (default: as stored).
             max_seq_len: positions served (default: ``max_position_embeddings``).
 
         Raises:

@@ -436,7 +436,9 @@ def norm_epsilon_off(right: Attention) -> None:
 
 
 def norms_exchanged(right: Attention) -> None:
-    right.q_norm, right.k_norm = right.k_norm, right.q_norm
+    assert right.q_norm is not None
+    assert right.k_norm is not None
+    right.q_norm.weight, right.k_norm.weight = right.k_norm.weight, right.q_norm.weight
 
 
 def norms_dropped(right: Attention) -> None:

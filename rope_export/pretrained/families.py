@@ -110,21 +110,18 @@ def rotary(
 ) -> Rope:
     """The model's RoPE, the same in every layer, or that of the layer's type."""
     stated = f.rope(layer_type or layer_type_of(f, layer))
-    share = stated["partial_rotary_factor"]
-    if not 0 < share <= 1:
-        raise BadInputError(
-            f"config.json: partial_rotary_factor must be above 0 and at most 1, got {share!r}"
-        )
-    rope_type = stated["rope_type"]
-    dim = head_dim if rope_type == "proportional" else int(head_dim * share)
-    plain = rope_type == "default" and set(stated) <= _OF_EVERY_ROPE
+    dim = int(head_dim * stated["partial_rotary_factor"])
+    plain = stated["rope_type"] == "default" and set(stated) <= _OF_EVERY_ROPE
     return Rope(dim, stated["rope_theta"], family.layout, None if plain else stated)
 
 
 def _gemma3_rope(family: Family, f: Fields, layer: int, head_dim: int) -> Rope:
     """Windowed layers have a base of their own, and no scaling."""
-    kind = layer_type_of(f, layer)
-    if isinstance(f.get("rope_parameters"), Mapping) and not f.content.get("rope_scaling"):
+    kind = layer_type_of(f, layer) or (SLIDING if _GEMMA3_SLIDES(f, layer) else FULL)
+    stated = f.get("rope_parameters")
+    if isinstance(stated, Mapping) and not f.content.get("rope_scaling"):
+        if kind not in stated:
+            raise BadInputError(f"config.json: rope_parameters has no {kind!r}, got {stated!r}")
         return rotary(family, f, layer, head_dim, layer_type=kind)
     if kind == FULL:
         return rotary(family, f, layer, head_dim)
@@ -199,7 +196,11 @@ def _window(f: Fields) -> int | None:
 
 def _in_every_layer(f: Fields, layer: int) -> int | None:
     del layer
-    return _window(f) if f.flag("use_sliding_window", default=True) else None
+    return _window(f)
+
+
+def _in_every_layer_if_used(f: Fields, layer: int) -> int | None:
+    return _in_every_layer(f, layer) if f.flag("use_sliding_window") else None
 
 
 def _by_layer_type(f: Fields, layer: int) -> int | None:
@@ -266,11 +267,17 @@ def _smollm3_window(f: Fields, layer: int) -> int | None:
     return _with_types(lambda f, i: not _rotates(f, i))(f, layer)
 
 
+_GEMMA3_SLIDES = _pattern(6)
 _COHERE2_WINDOW = _with_types(_pattern(4))
 _EXAONE4_WINDOW = _with_types(_pattern(4))
 
 
-# Norms, scales, refusals
+# Widths, norms, scales, refusals
+
+
+def _hidden_over_heads(f: Fields) -> int:
+    """Of families that have no field for it; another field of that name says nothing."""
+    return f.integer("hidden_size") // f.integer("num_attention_heads")
 
 
 def _rms(eps: str = "rms_norm_eps", **how: Any) -> Callable[[Fields], QKNorm]:
@@ -351,8 +358,10 @@ def _falcon_kv_heads(f: Fields) -> int | None:
     return 1 if f.flag("multi_query", default=True) and not grouped else None
 
 
-def _chatglm_kv_heads(f: Fields) -> int | None:
-    return None if f.flag("multi_query_attention") else f.integer("num_attention_heads")
+def _chatglm_refuses(f: Fields) -> str | None:
+    if not f.flag("multi_query_attention"):
+        return "multi_query_attention is not true: this is ChatGLM 1, whose attention is another"
+    return None
 
 
 _LLAMA = Family(
@@ -407,7 +416,7 @@ _GEMMA3 = replace(
     models="Gemma 3",
     defaults=_GEMMA2_DEFAULTS | {"rope_theta": 1000000.0},
     rope=_gemma3_rope,
-    window=_with_types(_pattern(6)),
+    window=_with_types(_GEMMA3_SLIDES),
     norm=_rms(unit_offset=True),
     scale=_from_scalar,
 )
@@ -428,13 +437,14 @@ _CHATGLM = Family(
         "max_position_embeddings": ("seq_length",),
     },
     rope=_chatglm_rope,
-    kv_heads=_chatglm_kv_heads,
+    refuses=_chatglm_refuses,
     qkv_bias=("add_bias_linear", "add_qkv_bias"),
     out_bias="add_bias_linear",
 )
 _DEEPSEEK = Family(
     "DeepSeek-V2, V2-Lite, V2.5",
     layout="interleaved",
+    defaults={"q_lora_rank": 1536},
     rope=_latent_rope,
     latent=_latent,
     scale=_latent_scale,
@@ -444,6 +454,7 @@ _DEEPSEEK = Family(
 )
 _QWEN2_VL = replace(
     _QWEN2,
+    head_dim=_hidden_over_heads,
     models="Qwen2-VL's language model, M-RoPE",
     defaults={
         **_QWEN2.defaults,
@@ -481,7 +492,7 @@ FAMILIES: dict[str, Family] = {
         defaults={"sliding_window": 4096},
         rotates=lambda f, i: _COHERE2_WINDOW(f, i) is not None,
         window=_COHERE2_WINDOW,
-        head_dim=lambda f: f.integer("hidden_size") // f.integer("num_attention_heads"),
+        head_dim=_hidden_over_heads,
         qkv_bias="attention_bias",
         out_bias="attention_bias",
     ),
@@ -514,7 +525,7 @@ FAMILIES: dict[str, Family] = {
         },
         defaults={"max_position_embeddings": 2048},
         kv_heads=_falcon_kv_heads,
-        head_dim=lambda f: f.integer("hidden_size") // f.integer("num_attention_heads"),
+        head_dim=_hidden_over_heads,
         qkv_bias="bias",
         out_bias="bias",
         refuses=_falcon_refuses,
@@ -542,6 +553,7 @@ FAMILIES: dict[str, Family] = {
             others=("bias", "masked_bias", "rotary_emb.inv_freq"),
         ),
         spelled={"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)},
+        head_dim=_hidden_over_heads,
         defaults={"partial_rotary_factor": 0.25, "attention_bias": True},
         qkv_bias="attention_bias",
         out_bias="attention_bias",
@@ -578,6 +590,7 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": ("n_positions",),
         },
         defaults={"rotary_dim": 64, "max_position_embeddings": 2048},
+        head_dim=_hidden_over_heads,
         rope=_gptj_rope,
     ),
     "granite": replace(
@@ -627,7 +640,11 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family(
         "Phi-3, Phi-3.5, Phi-4, Phi-4-mini",
         tensors=Tensors(qkv="qkv_proj"),
-        defaults={"max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
+        defaults={
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+        },
         rope=_phi3_rope,
         window=_in_every_layer,
     ),
@@ -645,8 +662,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3_moe": replace(
         _QWEN3,
         models="Qwen3-MoE",
-        defaults={"num_key_value_heads": 4, "sliding_window": 4096, "use_sliding_window": False},
-        window=_in_every_layer,
+        defaults={"num_key_value_heads": 4, "sliding_window": 4096},
+        window=_in_every_layer_if_used,
     ),
     "roformer": Family(
         "RoFormer",
@@ -682,6 +699,7 @@ FAMILIES: dict[str, Family] = {
             "layer_norm_eps": 1e-5,
         },
         spelled={"partial_rotary_factor": ("partial_rotary_factor", "rope_pct")},
+        head_dim=_hidden_over_heads,
         norm=_layer_norm("qk_layernorm", over="each_head"),
         qkv_bias="use_qkv_bias",
     ),

@@ -123,8 +123,7 @@ class Fields:
             f"config.json: {self.name('rope_theta')}",
             self.get("rope_theta", 10000.0) if theta is None else theta,
         )
-        if found.get("partial_rotary_factor") is None:
-            found["partial_rotary_factor"] = self.number("partial_rotary_factor", 1.0)
+        found["partial_rotary_factor"] = self._rotated_share(found)
         if rope_type == "su":
             rope_type = "longrope"
         if rope_type in _SCALED_BY_TRAINED_LENGTH:
@@ -140,6 +139,21 @@ class Fields:
             # The length it was trained on is max_position_embeddings, whatever else is stated.
             found.pop("original_max_position_embeddings", None)
         return {"rope_type": rope_type, **found}
+
+    def _rotated_share(self, found: Mapping[str, Any]) -> float:
+        share = found.get("partial_rotary_factor")
+        share = self.number("partial_rotary_factor", 1.0) if share is None else share
+        share = finite_number(f"config.json: {self.name('partial_rotary_factor')}", share)
+        if share > 1:
+            raise BadInputError(
+                f"config.json: {self.name('partial_rotary_factor')} must be at most 1, got {share}"
+            )
+        if share != 1 and "partial_rotary_factor" not in self.defaults:
+            raise BadInputError(
+                "config.json: partial_rotary_factor has no place in this family, which rotates "
+                f"whole heads; got {share}"
+            )
+        return share
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

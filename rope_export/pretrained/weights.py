@@ -53,7 +53,7 @@ def load_attention(
     layer: int = 0,
     *,
     family: str | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     max_seq_len: int | None = None,
 ) -> Attention:
     """Build one layer's attention with its weights; nothing else of the checkpoint is read.
@@ -63,6 +63,8 @@ def load_attention(
     checkpoint = Checkpoint(path)
     with naming(checkpoint.path):
         geometry = layer_of(checkpoint.config, layer, family)
+    if isinstance(dtype, torch.dtype):
+        dtype = str(dtype).removeprefix("torch.")
     if dtype is not None and dtype not in _KEPT:
         raise BadInputError(f"dtype must be one of {', '.join(_KEPT)}, got {dtype!r}")
     names = FAMILIES[geometry.family].tensors
