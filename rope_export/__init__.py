@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rope_export.errors import RopeExportError as RopeExportError
     from rope_export.exporter import ExportResult as ExportResult
     from rope_export.exporter import export as export
+    from rope_export.migration import replace_rotary_embeddings as replace_rotary_embeddings
     from rope_export.report import Report as Report
     from rope_export.rotary import RotaryEmbedding as RotaryEmbedding
     from rope_export.rotation import apply_learned_rotations as apply_learned_rotations
@@ -46,6 +47,7 @@ _HOME = {
     "apply_rotary_emb": "rotation",
     "broadcat": "rotation",
     "export": "exporter",
+    "replace_rotary_embeddings": "migration",
     "replay": "trial",
     "validate": "validator",
 }
