@@ -9,9 +9,11 @@ from typing import Any
 
 from rope_export.errors import BadInputError
 from rope_export.pretrained.checkpoint import naming, read_config
-from rope_export.pretrained.families import FAMILIES, Family
+from rope_export.pretrained.families import FAMILIES
+from rope_export.pretrained.family import Family
 from rope_export.pretrained.fields import Fields, text_config
 from rope_export.pretrained.layer import Layer
+from rope_export.pretrained.statements import rotary
 
 
 def family_of(config: Mapping[str, Any], name: str | None = None) -> tuple[str, Family]:
@@ -99,7 +101,7 @@ def layer_of(config: Mapping[str, Any], layer: int, family: str | None = None) -
         num_kv_heads=num_heads if latent else num_kv_heads,
         head_dim=head_dim,
         value_head_dim=f.integer("v_head_dim") if latent else head_dim,
-        rope=row.rope(row, f, layer, head_dim) if rotates else None,
+        rope=(row.rope or rotary)(row, f, layer, head_dim) if rotates else None,
         causal=row.causal,
         window=row.window(f, layer),
         softcap=f.number(row.softcap) if row.softcap and capped else None,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from rope_export.pretrained.families import FAMILIES, Family
+from rope_export.pretrained.families import FAMILIES
+from rope_export.pretrained.family import Family
 
 _USUAL = {field.name: field.default for field in fields(Family)}
 _HAS = {

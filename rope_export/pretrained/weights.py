@@ -13,7 +13,8 @@ from torch import Tensor
 
 from rope_export.errors import BadInputError
 from rope_export.pretrained.checkpoint import Checkpoint, naming
-from rope_export.pretrained.families import FAMILIES, Tensors
+from rope_export.pretrained.families import FAMILIES
+from rope_export.pretrained.family import Tensors
 from rope_export.pretrained.geometry import layer_of
 from rope_export.pretrained.layer import Layer
 
