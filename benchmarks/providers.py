@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from rope_export import Attention, BadInputError, export, runtime
-from rope_export.cases import to_numpy
+from rope_export.draws import to_numpy
 from rope_export.lowering import rules
 from rope_export.synthetic import random_block
 

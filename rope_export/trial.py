@@ -15,10 +15,9 @@ from rope_export import runtime
 from rope_export.artifact import Artifact, Vector, read_vector
 from rope_export.comparison import Bound, Errors, errors_against
 from rope_export.errors import BadInputError, ProviderUnavailableError
+from rope_export.places import Array, Places, cache_places, calls_of, given_places, new_places
 from rope_export.report import CaseResult, ProviderStatus, Report
 
-Array = npt.NDArray[Any]
-Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 Progress = Callable[[str], None]
 OUTPUT = "output"
 PRESENTS = ("present_key", "present_value")
@@ -156,72 +155,21 @@ def _driven(
     """Run the calls of a trial one after the other; the output as of one full pass."""
     assert cache is not None  # only graphs with one have such trials
     layout = runtime.CacheLayout(**cache)
-    taken = [sum(row) for row in zip(*trial.steps, strict=True)]
     columns = sum(max(step) for step in trial.steps)
     # Longer than needed, as an application's is.
     capacity = min(columns + _ROOM, layout.capacity)
     decoder = runtime.Decoder(session, layout, batch=trial.batch, capacity=capacity)
     hidden_states, ids = trial.inputs["hidden_states"], trial.inputs.get("position_ids")
     output = np.zeros_like(hidden_states)
-    used = np.zeros(trial.batch, dtype=np.int64)
-    for step in trial.steps:
-        row, token, place = step_tokens(step, used, layout.padding)
-        length = max(step)
-        hidden = np.zeros((trial.batch, length, hidden_states.shape[-1]), hidden_states.dtype)
-        hidden[row, place] = hidden_states[row, token]
-        mask = np.zeros((trial.batch, length), dtype=np.int64)
-        mask[row, place] = 1
-        step_ids = None
-        if ids is not None:
-            step_ids = np.zeros((*ids.shape[:-1], length), dtype=np.int64)
-            step_ids[..., row, place] = ids[..., row, token]
-        if length == 1 and mask.all():
-            answer = decoder.decode(hidden, position_ids=step_ids)
+    for call in calls_of(hidden_states, ids, trial.steps, layout.padding):
+        if call.mask.shape[1] == 1 and call.mask.all():
+            answer = decoder.decode(call.hidden, position_ids=call.position_ids)
         else:
-            answer = decoder.prefill(hidden, attention_mask=mask, position_ids=step_ids)
-        output[row, token] = answer[row, place]
-        used += np.array(step)
-    assert used.tolist() == taken
+            answer = decoder.prefill(
+                call.hidden, attention_mask=call.mask, position_ids=call.position_ids
+            )
+        output[call.tokens] = answer[call.at]
     return {OUTPUT: output}
-
-
-def step_tokens(
-    step: tuple[int, ...], used: npt.NDArray[np.int64], padding: str
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Which tokens a call is given: their batch rows, tokens in those, and columns of the call.
-
-    Args:
-        step: how many tokens each row is given.
-        used: how many it has been given before.
-        padding: the side on which shorter rows are padded.
-    """
-    length = max(step)
-    row = np.concatenate([np.full(count, index) for index, count in enumerate(step)])
-    nth = np.concatenate([np.arange(count) for count in step])
-    pad = length - np.array(step)[row] if padding == "left" else 0
-    return row.astype(np.int64), (nth + used[row]).astype(np.int64), (nth + pad).astype(np.int64)
-
-
-def new_places(mask: Array, length: int) -> Places:
-    """Batch row and column of every new token that is none of padding.
-
-    Args:
-        mask: ``[B, T]``.
-        length: new columns, the last of the mask.
-    """
-    row, column = np.nonzero(mask[:, mask.shape[1] - length :])
-    return row, column
-
-
-def cache_places(mask: Array, *, packs_rows: bool) -> Places:
-    """Batch row and slot in the present of every token that is none of padding, row by row.
-
-    Args:
-        mask: ``[B, T]``.
-        packs_rows: whether each row's tokens lie from its first slot on.
-    """
-    row, column = np.nonzero(mask)
-    return (row, (np.cumsum(mask, axis=1) - 1)[row, column]) if packs_rows else (row, column)
 
 
 def _failed(provider: str, trial: Trial, reason: str) -> CaseResult:
@@ -299,13 +247,6 @@ def _stored_expectations(
         empty = Expected(np.zeros((0, 0)), places[name], bound)
         expected[name] = replace(empty, truth=empty.take(outputs[name]).astype(np.float64))
     return expected
-
-
-def given_places(steps: tuple[tuple[int, ...], ...]) -> Places:
-    """Batch row and place of every token that the steps give."""
-    given = [sum(row) for row in zip(*steps, strict=True)]
-    row, token, _ = step_tokens(tuple(given), np.zeros(len(given), dtype=np.int64), "right")
-    return row, token
 
 
 def replay(

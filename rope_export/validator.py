@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rope_export import cases, runtime, shapes
+from rope_export import runtime, shapes
 from rope_export.artifact import Artifact, sha256
+from rope_export.cases import make_cases
 from rope_export.errors import BadInputError
 from rope_export.plan import Plan
 from rope_export.report import Report
+from rope_export.sensitivity import sensitivities
+from rope_export.single import Interface
 from rope_export.trial import OUTPUT, Progress, Trial, run_providers, silent
 
 if TYPE_CHECKING:
@@ -88,7 +91,7 @@ def make_trials(block: Attention, plan: Plan, progress: Progress) -> tuple[list[
         mask=plan.attention_mask,
         by_rows=choice.by_rows or not choice.form.packs_rows,
     )
-    interface = cases.Interface(
+    interface = Interface(
         positions=block.rope.positions if plan.position_ids and block.rope else None,
         cache=plan.cache,
         mask=plan.attention_mask,
@@ -98,9 +101,7 @@ def make_trials(block: Attention, plan: Plan, progress: Progress) -> tuple[list[
     was_training = block.training
     block.eval()
     try:
-        trials = cases.make_cases(
-            block, planned, seed=plan.seed, interface=interface, progress=progress
-        )
+        trials = make_cases(block, planned, seed=plan.seed, interface=interface, progress=progress)
     finally:
         block.train(was_training)
     for trial in trials:
@@ -153,7 +154,7 @@ def prove(
         cases=tuple(results),
         graph={**artifact.config["graph"], "sha256": sha256(artifact.model)},
         environment=runtime.environment(),
-        sensitivity=cases.sensitivities(block, length=length, seed=plan.seed),
+        sensitivity=sensitivities(block, length=length, seed=plan.seed),
         notes=tuple(artifact.config["notes"]),
     )
 
