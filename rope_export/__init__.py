@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         SinusoidalPositionalEncoding as SinusoidalPositionalEncoding,
     )
     from rope_export.sinusoidal import TokenEmbedding as TokenEmbedding
+    from rope_export.specs import Latent as Latent
+    from rope_export.specs import QKNorm as QKNorm
     from rope_export.trial import replay as replay
     from rope_export.validator import validate as validate
 
@@ -37,7 +39,9 @@ _HOME = {
     "BadInputError": "errors",
     "ExportError": "errors",
     "ExportResult": "exporter",
+    "Latent": "specs",
     "ProviderUnavailableError": "errors",
+    "QKNorm": "specs",
     "Report": "report",
     "RopeExportError": "errors",
     "RotaryEmbedding": "rotary",

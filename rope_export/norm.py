@@ -12,7 +12,7 @@ from rope_export.specs import QKNorm
 
 
 class Norm(nn.Module):
-    """A `QKNorm` with its weights, in float32 whatever its input.
+    """A `QKNorm` with its weights, in float32 at least.
 
     Args:
         spec: which norm.
@@ -41,13 +41,16 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise heads side by side: ``[..., num_heads * head_dim]``, in their dtype."""
-        weight = self.weight.float()
+        # Half precision is widened; float64 stays what it is.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        weight = self.weight.to(dtype)
         if self.spec.unit_offset:
             weight = weight + 1
-        bias = None if self.bias is None else self.bias.float()
+        bias = None if self.bias is None else self.bias.to(dtype)
         shared = self.spec.over != "each_head"
         whole = self.spec.over == "projection" or self.num_heads == 1
-        heads = x.float() if whole else x.float().unflatten(-1, (self.num_heads, self.head_dim))
+        wide = x.to(dtype)
+        heads = wide if whole else wide.unflatten(-1, (self.num_heads, self.head_dim))
         if self.spec.kind == "layer":
             scale, shift = (weight, bias) if shared else (None, None)
             normal = F.layer_norm(heads, heads.shape[-1:], scale, shift, self.eps)

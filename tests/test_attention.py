@@ -14,6 +14,7 @@ from transformers.models.phi.modeling_phi import PhiAttention
 from rope_export.attention import Attention
 from rope_export.errors import BadInputError
 from rope_export.rotary import RotaryEmbedding
+from rope_export.specs import Latent, QKNorm
 
 HIDDEN, HEADS, HEAD_DIM, THETA = 24, 4, 8, 500.0
 HEAD_SHARING = pytest.mark.parametrize("num_kv_heads", [4, 2, 1], ids=["MHA", "GQA", "MQA"])
@@ -316,3 +317,89 @@ def test_positions_that_do_not_fit_are_refused(arguments, message):
     block = Attention(8, 2, rope=RotaryEmbedding(4, max_seq_len=8))
     with pytest.raises(BadInputError, match=message):
         block(torch.zeros(1, 5, 8), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("norm", "message"),
+    [
+        ({"kind": "batch"}, "kind of a norm must be one of rms, layer, got 'batch'"),
+        ({"over": "token"}, "over of a norm must be one of head, each_head, projection"),
+        ({"bias": True}, "bias is of a layer norm, got it with kind 'rms'"),
+        ({"eps": 0.0}, "qk_norm_eps must be a finite number above 0, got 0.0"),
+    ],
+)
+def test_norms_that_cannot_be_are_refused(norm, message):
+    with pytest.raises(BadInputError, match=message):
+        QKNorm(**norm)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rope": None}, "latent needs a rope that rotates part of each head, got None"),
+        ({"num_kv_heads": 2}, "latent needs num_kv_heads equal to num_heads, got 2 and 4"),
+        ({"qkv_bias": True}, "latent has a bias of its own, got qkv_bias=True"),
+    ],
+)
+def test_latents_that_cannot_be_are_refused(options, message):
+    given = {"rope": RotaryEmbedding(4, max_seq_len=8), "head_dim": 12} | options
+    with pytest.raises(BadInputError, match=message):
+        Attention(32, 4, latent=Latent(8), **given)
+
+
+@pytest.mark.parametrize("rank", [None, 6])
+def test_what_goes_through_latents_is_their_definition(rank):
+    """DeepSeek-V2, equations 9 to 19, in float64."""
+    torch.manual_seed(0)
+    rope = RotaryEmbedding(4, max_seq_len=16)
+    block = Attention(32, 4, head_dim=12, value_head_dim=10, rope=rope, latent=Latent(8, rank))
+    random_weights(block)
+    w = {name: p.detach() for name, p in block.latent.named_parameters()}
+    x = normal(2, 13, 32)
+
+    def rms(low, name):
+        mean = low.square().mean(-1, keepdim=True)
+        return low / torch.sqrt(mean + 1e-6) * w[f"{name}.weight"]
+
+    low = x if rank is None else rms(x @ w["q_a_proj.weight"].T, "q_a_norm")
+    q = low @ w["q_proj.weight" if rank is None else "q_b_proj.weight"].T
+    mixed = x @ w["kv_a_proj.weight"].T
+    low = rms(mixed[..., :8], "kv_a_norm")
+    plain, v = (low @ w[f"{name}_b_proj.weight"].T for name in "kv")
+    got_q, got_k, got_v = block.project(x)
+    close = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(got_q, q, **close)
+    torch.testing.assert_close(got_v, v, **close)
+    heads = got_k.unflatten(-1, (4, 12))
+    torch.testing.assert_close(heads[..., 4:].flatten(2), plain, **close)
+    for head in range(4):
+        torch.testing.assert_close(heads[..., head, :4], mixed[..., 8:], **close)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("over", ["head", "each_head", "projection"])
+@pytest.mark.parametrize("unit_offset", [False, True])
+def test_norms_of_queries_and_keys_are_their_definition(kind, over, unit_offset):
+    norm = QKNorm(kind, over, bias=kind == "layer", unit_offset=unit_offset, eps=0.1)
+    block = random_weights(Attention(HIDDEN, HEADS, num_kv_heads=2, qk_norm=norm))
+    x = normal(2, 7, HIDDEN)
+    q, k, v = block.project(x)
+    width = block.head_dim
+    for got, made, layer, count in (
+        (q, block.q_proj(x), block.q_norm, HEADS),
+        (k, block.k_proj(x), block.k_norm, 2),
+    ):
+        parts = [made] if over == "projection" else made.split(width, dim=-1)
+        expected = []
+        for head, part in enumerate(parts):
+            weight, bias = layer.weight, layer.bias
+            if over == "each_head":
+                weight, bias = weight[head], None if bias is None else bias[head]
+            if kind == "layer":
+                part = part - part.mean(-1, keepdim=True)
+            normal_part = part / (part.square().mean(-1, keepdim=True) + 0.1).sqrt()
+            scaled = normal_part * (weight + 1 if unit_offset else weight)
+            expected.append(scaled if bias is None else scaled + bias)
+        assert len(parts) == (1 if over == "projection" else count)
+        torch.testing.assert_close(got, torch.cat(expected, dim=-1), rtol=0, atol=1e-12)
+    torch.testing.assert_close(v, block.v_proj(x))
