@@ -354,11 +354,11 @@ class Attention(nn.Module):
             ``[B, num_heads, S, head_dim]``, ``[B, num_kv_heads, S, head_dim]`` and
             ``[B, num_kv_heads, S, value_head_dim]``; queries and keys are rotated.
         """
-        projected = self.project(hidden_states)
-        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        # By width, not by count: under tensor parallelism the heads here are fewer.
+        widths = (self.head_dim, self.head_dim, self.value_head_dim)
         q, k, v = (
-            rearrange(x, "b s (h d) -> b h s d", h=count)
-            for x, count in zip(projected, counts, strict=True)
+            rearrange(x, "b s (h d) -> b h s d", d=width)
+            for x, width in zip(self.project(hidden_states), widths, strict=True)
         )
         if self.rope is not None:
             q, k = self.rope.rotate(q, k, position_ids=position_ids, offset=offset, seq_dim=-2)

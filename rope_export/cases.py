@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 # both are far below what those defects do.
 _LOUDNESS = 8.0
 _MANY_TOKENS = 16
+# Relative errors of eager PyTorch that no rounding explains; honest ones are over ten times less.
+_FOREIGN = {"float32": 1e-2, "float16": 0.1, "bfloat16": 0.3}
 
 
 def make_cases(
@@ -77,6 +79,8 @@ def make_cases(
                     f"{deviation:.2g}"
                 )
             trial = made
+        if not shape.loud:
+            _refuse_foreign(block, trial)
         for name, expected in trial.expected.items():
             row = expected.bound.tolerance.row
             widest[name, shape.loud] = max(widest.get((name, shape.loud), 0.0), row)
@@ -85,6 +89,23 @@ def make_cases(
     return [
         _with_widest(case, widest, loud=loud) for case, loud in zip(cases, loudness, strict=True)
     ]
+
+
+def _refuse_foreign(block: Attention, trial: Trial) -> None:
+    """Refuse a block that is not the attention its attributes state.
+
+    Tolerances follow from what eager PyTorch errs by; were it to compute something else, they would
+    admit anything.
+    """
+    dtype = str(block.dtype).removeprefix("torch.")
+    for name, expected in trial.expected.items():
+        off = expected.bound.eager.rel
+        if off > _FOREIGN[dtype]:
+            raise BadInputError(
+                f"block must compute the attention that its attributes and weights state: eager "
+                f"PyTorch is off its float64 truth by {off:.2g} in {name} of '{trial.name}', over "
+                f"the {_FOREIGN[dtype]:g} that {dtype} could explain"
+            )
 
 
 def _with_widest(case: Trial, widest: dict[tuple[str, bool], float], *, loud: bool) -> Trial:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from torch import nn
+
 from rope_export.attention import Attention
 from rope_export.errors import BadInputError
 from rope_export.lowering import rules
@@ -74,6 +76,7 @@ class Plan:
             raise BadInputError(
                 f"providers must be some of {', '.join(rules.PROVIDERS)}, got {got}"
             )
+        _refuse_what_weights_do_not_say(block)
         weights = {n: p for n, p in block.named_parameters() if not n.startswith("rope.")}
         dtypes = {str(p.dtype).removeprefix("torch.") for p in weights.values()}
         if len(dtypes) != 1 or not dtypes <= set(rules.DTYPES):
@@ -174,3 +177,24 @@ class Plan:
     def from_json(cls, content: dict[str, Any]) -> Plan:
         """Read a plan back from ``config.json``."""
         return cls(**content | {"providers": tuple(content["providers"])})
+
+
+def _refuse_what_weights_do_not_say(block: Attention) -> None:
+    """Graph and float64 truth are made from weights: what acts beside them would be left out.
+
+    Raises:
+        BadInputError: a projection is no plain linear layer, or a module has forward hooks.
+    """
+    for name, module in block.named_modules():
+        last = name.rpartition(".")[2]
+        plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        if last.endswith("_proj") and not plain:
+            raise BadInputError(
+                f"{name} must be a plain nn.Linear, whose weight is all it does, got "
+                f"{type(module).__name__}: merge adapters into the weights before exporting"
+            )
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise BadInputError(
+                f"{name or type(block).__name__} must have no forward hooks, which a graph would "
+                "not have: remove them before exporting"
+            )

@@ -287,7 +287,7 @@ class RotaryEmbedding(nn.Module):
     def _fill_freqs(self) -> None:
         if not self.freqs.is_meta:
             with torch.no_grad():
-                self.freqs.copy_(self._freqs)
+                self.freqs.copy_(_placed_as(self.freqs, self._freqs))
 
     def _rebuild_tables(self) -> None:
         self.angles.rebuild(self._found, self.freqs.device)
@@ -308,10 +308,11 @@ class RotaryEmbedding(nn.Module):
         if self.freqs.is_meta:
             return
         given = state_dict.get(prefix + "freqs")
-        differs = given is not None and not _same(given, self._freqs)
+        # No table depends on learned frequencies, which may be sharded.
+        differs = not self.learned_freq and given is not None and not _same(given, self._freqs)
         if self.freqs.dtype != torch.float32:  # assigned
             self.freqs.data = self.freqs.data.to(torch.float32)
-        if differs and not self.learned_freq:
+        if differs:
             # Another base, or frequencies that were trained: they are the truth now.
             self._freqs = self.freqs.detach().to("cpu", torch.float64)
             inv_freq = self._freqs / self.interpolate_factor
@@ -665,6 +666,18 @@ class RotaryEmbedding(nn.Module):
 def _scaled(cos: Tensor, sin: Tensor, scale: Tensor) -> tuple[Turns, Turns]:
     """What turns queries, which grow with ``scale``, and keys, which shrink with it."""
     return (cos * scale, sin * scale), (cos / scale, sin / scale)
+
+
+def _placed_as(like: Tensor, values: Tensor) -> Tensor:
+    """``values``, distributed as ``like`` is where it is sharded (FSDP2)."""
+    if type(like.data) is Tensor:
+        return values
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    if not isinstance(like.data, DTensor):
+        return values
+    values = values.to(like.device, like.dtype)
+    return distribute_tensor(values, like.data.device_mesh, like.data.placements)
 
 
 def _same(given: Tensor, freqs: Tensor) -> bool:

@@ -72,6 +72,12 @@ def attend_explicitly(
     Returns:
         ``[B, S, H * E]`` in the dtype of ``q``.
     """
+    kind = q.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):  # it would narrow the products again
+            return attend_explicitly(
+                q, k, v, scale=scale, visible=visible, softcap=softcap, sinks=sinks
+            )
     kv_heads, length = k.shape[1], q.shape[2]
     groups = q.shape[1] // kv_heads
     dtype = q.dtype

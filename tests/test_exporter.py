@@ -277,3 +277,59 @@ def test_a_plan_survives_its_configuration():
     )
     assert plan.providers == ("cpu", "cuda")
     assert Plan.from_json(plan.to_json()) == plan
+
+
+class Adapted(torch.nn.Module):
+    """An adapter as PEFT libraries have it: the weight is still there, and is not all."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.delta = torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        return self.base(x) + self.delta(x)
+
+
+class Louder(Attention):
+    """Attention that its attributes say nothing of."""
+
+    def forward(self, hidden_states, **given):
+        return 1.05 * super().forward(hidden_states, **given)
+
+
+def adapted(block):
+    block.v_proj = Adapted(block.v_proj)
+
+
+def hooked(block):
+    block.o_proj.register_forward_hook(lambda _module, _given, output: 2 * output)
+
+
+def subclassed(block):
+    block.__class__ = Louder
+
+
+@pytest.mark.parametrize("target", rules.TARGETS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (adapted, "v_proj must be a plain nn.Linear, .* got Adapted: merge adapters"),
+        (hooked, "o_proj must have no forward hooks"),
+        (subclassed, "eager PyTorch is off its float64 truth by 0.05"),
+    ],
+)
+def test_what_weights_do_not_say_is_refused_not_left_out(tmp_path, target, change, message):
+    block = mutants.block()
+    change(block)
+    with pytest.raises(BadInputError, match=message):
+        export(block, tmp_path / "block", target=target, validate=True)
+    assert list(tmp_path.iterdir()) == []
