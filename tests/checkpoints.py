@@ -174,7 +174,7 @@ CASES = {
     "Llama, YaRN": Case("llama", rotating(**YARN), exported=()),
     "Mistral": Case("mistral", {"sliding_window": WINDOW, "head_dim": 32}),
     "Mistral without a window": Case("mistral", {"sliding_window": None}, exported=()),
-    "Mixtral": Case("mixtral", {"num_local_experts": 2, "sliding_window": WINDOW}, exported=()),
+    "Mixtral": Case("mixtral", {"num_local_experts": 2, "sliding_window": WINDOW}),
     "Qwen2": Case(
         "qwen2",
         {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
@@ -194,7 +194,6 @@ CASES = {
             "shared_expert_intermediate_size": 16,
         },
         layers=3,
-        exported=(),
     ),
     "Qwen2-MoE without biases": Case(
         "qwen2_moe",
@@ -219,10 +218,9 @@ CASES = {
             "num_experts_per_tok": 1,
             "moe_intermediate_size": 16,
         },
-        exported=(),
     ),
     "GLM": Case("glm", {"head_dim": 32}),
-    "GLM-4": Case("glm4", {"head_dim": 32, "attention_bias": False}, exported=()),
+    "GLM-4": Case("glm4", {"head_dim": 32, "attention_bias": False}),
     "Phi": Case("phi", rotating(partial_rotary_factor=0.5), exported=()),
     "Phi with norms": Case("phi", {"qk_layernorm": True, "layer_norm_eps": EPS}, targets=("onnx",)),
     "Phi-3": Case("phi3", {"sliding_window": WINDOW}, exported=()),
@@ -232,7 +230,7 @@ CASES = {
         | {"max_position_embeddings": 4 * TRAINED, "original_max_position_embeddings": TRAINED},
         targets=("primitive",),
     ),
-    "Gemma": Case("gemma", {"head_dim": 32}, exported=()),
+    "Gemma": Case("gemma", {"head_dim": 32}),
     "Gemma 2": Case(
         "gemma2",
         {"head_dim": 32, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 24}
@@ -252,9 +250,7 @@ CASES = {
         | slides(True, False),
         exported=(1,),
     ),
-    "Gemma 3": Case(
-        "gemma3", {"head_dim": 32, "query_pre_attn_scalar": 24} | slides(True, False), exported=()
-    ),
+    "Gemma 3": Case("gemma3", {"head_dim": 32, "query_pre_attn_scalar": 24} | slides(True, False)),
     "gpt-oss": Case(
         "gpt_oss",
         {"head_dim": 32, "num_local_experts": 2, "num_experts_per_tok": 1} | slides(True, False),
@@ -271,7 +267,7 @@ CASES = {
     "StableLM with norms": Case(
         "stablelm", {"qk_layernorm": True, "layer_norm_eps": EPS}, targets=("primitive",)
     ),
-    "StarCoder2": Case("starcoder2", {"use_bias": True, "sliding_window": WINDOW}, exported=()),
+    "StarCoder2": Case("starcoder2", {"use_bias": True, "sliding_window": WINDOW}),
     "StarCoder2 without biases": Case("starcoder2", {"use_bias": False}, exported=()),
     "OLMo 2": Case("olmo2", {"rms_norm_eps": EPS}, targets=("onnx",)),
     "SmolLM3": Case("smollm3", {"no_rope_layers": [1, 0]}, exported=(1,), targets=("primitive",)),
@@ -283,15 +279,15 @@ CASES = {
     "Command R": Case("cohere", {"layer_norm_eps": EPS}, exported=()),
     "Command R+": Case("cohere", {"use_qk_norm": True, "layer_norm_eps": EPS}),
     "Command R7B": Case("cohere2", slides(True, False)),
-    "Granite": Case("granite", {"attention_multiplier": 0.2}, exported=()),
-    "Nemotron": Case("nemotron", {"head_dim": 32}, exported=()),
-    "EXAONE 4": Case("exaone4", {"rms_norm_eps": EPS} | slides(True, False), exported=()),
+    "Granite": Case("granite", {"attention_multiplier": 0.2}),
+    "Nemotron": Case("nemotron", {"head_dim": 32}),
+    "EXAONE 4": Case("exaone4", {"rms_norm_eps": EPS} | slides(True, False)),
     "EXAONE 4 without windows": Case(
         "exaone4",
         {"sliding_window": None, "layer_types": ["full_attention"] * 2},
         exported=(),
     ),
-    "Helium": Case("helium", {"head_dim": HEAD_DIM}, exported=()),
+    "Helium": Case("helium", {"head_dim": HEAD_DIM}),
     "ERNIE 4.5": Case("ernie4_5", {"head_dim": 32, "use_bias": True}),
     "DeepSeek-V2": Case(
         "deepseek_v2",
@@ -302,7 +298,6 @@ CASES = {
     "DeepSeek-V3": Case(
         "deepseek_v3",
         LATENT | {"q_lora_rank": 20, "attention_bias": True} | rotating(**DEEPSEEK_YARN),
-        exported=(),
     ),
     "DeepSeek-V3, halves": Case(
         "deepseek_v3",
@@ -311,7 +306,7 @@ CASES = {
     ),
     "RoFormer": Case("roformer", targets=("onnx",)),
     "Qwen2-VL, text": Case("qwen2_vl_text", MROPE, targets=("onnx",)),
-    "Qwen2-VL": Case("qwen2_vl", MROPE, exported=()),
+    "Qwen2-VL": Case("qwen2_vl", MROPE),
 }
 
 
