@@ -758,7 +758,7 @@ def test_the_command_on_a_checkpoint(command, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such-model"}')
     code, out, err = command(tmp_path)
     assert (code, out) == (2, "")
-    assert f"error: {tmp_path}: " in err
+    assert f"error: {tmp_path / 'config.json'}: model_type" in err
     assert "no-such-model" in err
 
 
