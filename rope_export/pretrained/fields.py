@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from rope_export.checks import finite_number, positive_integer
 from rope_export.errors import BadInputError
@@ -13,6 +13,7 @@ from rope_export.errors import BadInputError
 _IDLE_ROPE_FIELDS = ("finetuned",)
 _SCALED_BY_TRAINED_LENGTH = ("llama3", "yarn", "longrope")
 _TEXT = "text_config"
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,7 @@ class Fields:
         Raises:
             BadInputError: it is missing without a default, or something else.
         """
-        value = self.get(key)
-        if value is None:
-            if default is None:
-                raise BadInputError(f"config.json has no {self.name(key)!r}")
-            return default
-        return positive_integer(f"config.json: {self.name(key)}", value)
+        return self._checked(key, default, positive_integer)
 
     def number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0.
@@ -58,12 +54,15 @@ class Fields:
         Raises:
             BadInputError: it is missing without a default, or something else.
         """
+        return self._checked(key, default, finite_number)
+
+    def _checked(self, key: str, default: _T | None, check: Callable[[str, object], _T]) -> _T:
         value = self.get(key)
-        if value is None:
-            if default is None:
-                raise BadInputError(f"config.json has no {self.name(key)!r}")
-            return default
-        return finite_number(f"config.json: {self.name(key)}", value)
+        if value is not None:
+            return check(f"config.json: {self.name(key)}", value)
+        if default is None:
+            raise BadInputError(f"config.json has no {self.name(key)!r}")
+        return default
 
     def flag(self, key: str, default: bool = False) -> bool:
         """True or false; null is the default.
