@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention as Attention
+    from rope_export.decoders import DecoderWithCache as DecoderWithCache
+    from rope_export.decoders import replace_attention as replace_attention
     from rope_export.errors import BadInputError as BadInputError
     from rope_export.errors import ExportError as ExportError
     from rope_export.errors import ProviderUnavailableError as ProviderUnavailableError
@@ -37,6 +39,7 @@ __version__ = "0.1.0"
 _HOME = {
     "Attention": "attention",
     "BadInputError": "errors",
+    "DecoderWithCache": "decoders",
     "ExportError": "errors",
     "ExportResult": "exporter",
     "Latent": "specs",
@@ -51,6 +54,7 @@ _HOME = {
     "apply_rotary_emb": "rotation",
     "broadcat": "rotation",
     "export": "exporter",
+    "replace_attention": "decoders",
     "replace_rotary_embeddings": "migration",
     "replay": "trial",
     "validate": "validator",

@@ -22,11 +22,12 @@ import numpy.typing as npt
 
 from rope_export.comparison import Bound, Errors
 from rope_export.errors import BadInputError
+from rope_export.runtime.layout import CacheLayout
 from rope_export.runtime.providers import ENDPOINTS
 
 Array = npt.NDArray[Any]
 
-FORMAT = 2
+FORMAT = 3
 MODEL, WEIGHTS, CONFIG = "model.onnx", "model.onnx.data", "config.json"
 REPORT, REPORT_TEXT = "report.json", "report.md"
 VECTORS = "test_data_set_"
@@ -274,10 +275,10 @@ class Artifact:
         return self.path / MODEL
 
     @property
-    def cache(self) -> dict[str, Any] | None:
-        """Fields of `runtime.CacheLayout`, or None when the graph has no cache."""
-        cache: dict[str, Any] | None = self.config["graph"]["cache"]
-        return cache
+    def cache(self) -> CacheLayout | None:
+        """How the graph keeps its cache, or None when it has none that a `Decoder` can drive."""
+        cache = self.config["graph"]["cache"]
+        return None if cache is None else CacheLayout.from_json(cache)
 
     @classmethod
     def read(cls, path: Path, *, verify: bool) -> Artifact:
@@ -326,6 +327,7 @@ _GRAPH_FIELDS: dict[str, type] = {
     "runs_on": dict,
     "attention": str,
     "rotation": str,
+    "tokens": str,
     "passed_over": list,
     "branches": list,
     "ops": dict,
@@ -350,7 +352,10 @@ def _checked(config: dict[str, Any]) -> tuple[dict[str, str], tuple[Vector, ...]
     if not graph["providers"]:
         raise ValueError("no providers")
     if graph["cache"] is not None:
-        _check_cache(graph["cache"])
+        CacheLayout.from_json(graph["cache"])
+    kinds = set(_typed(graph, "outputs", dict).values())
+    if not kinds <= {"tokens", "cache", "whole"}:
+        raise ValueError(f"outputs are {', '.join(sorted(map(str, kinds)))}")
     texts = [*_typed(config, "notes", list), *graph["passed_over"], *graph["branches"]]
     texts += [reason for reason in graph["runs_on"].values() if reason is not None]
     if not all(isinstance(text, str) for text in texts):
@@ -371,32 +376,11 @@ def _checked(config: dict[str, Any]) -> tuple[dict[str, str], tuple[Vector, ...]
     return files, vectors
 
 
-_CACHE_FIELDS: dict[str, type] = {
-    "num_kv_heads": int,
-    "head_dim": int,
-    "value_head_dim": int,
-    "capacity": int,
-    "position_axes": int,
-    "packs_rows": bool,
-    "by_rows": bool,
-    "padding": str,
-}
-
-
-def _check_cache(cache: Any) -> None:
-    if not isinstance(cache, dict) or set(cache) != set(_CACHE_FIELDS):
-        raise ValueError("'cache' must describe how the graph keeps its cache")
-    for name, kind in _CACHE_FIELDS.items():
-        if type(cache[name]) is not kind:
-            raise TypeError(f"{name!r} of the cache is {cache[name]!r}, not {kind.__name__}")
-        if kind is int and cache[name] < (0 if name == "position_axes" else 1):
-            raise ValueError(f"{name!r} of the cache is {cache[name]!r}")
-    if cache["padding"] not in ("right", "left"):
-        raise ValueError(f"padding of the cache is {cache['padding']!r}")
-
-
 def _bound(entry: dict[str, Any]) -> Bound:
-    return Bound(**{key: Errors(**entry[key]) for key in ("eager", "tolerance")})
+    errors = {key: Errors(**entry[key]) for key in ("eager", "tolerance")}
+    if not isinstance(entry["dtype"], str):
+        raise TypeError(f"dtype is {entry['dtype']!r}")
+    return Bound(**errors, dtype=entry["dtype"])
 
 
 def _vector(entry: dict[str, Any]) -> Vector:
@@ -414,8 +398,8 @@ def _vector(entry: dict[str, Any]) -> Vector:
         positive = (bound.tolerance.rel, bound.tolerance.row)
         if not all(type(n) in (int, float) and 0 <= n < 1e300 for n in numbers) or 0 in positive:
             raise ValueError(f"errors and tolerances of {vector.folder} must be finite, above 0")
-    if "output" not in vector.bounds:
-        raise ValueError(f"{vector.folder} has no bound for the output")
+    if not vector.bounds:
+        raise ValueError(f"{vector.folder} has no bound for an output")
     for step in vector.steps:
         if len(step) != vector.batch or not all(type(n) is int and n >= 0 for n in step):
             raise ValueError(f"steps of {vector.folder} must say how many tokens each row gets")

@@ -13,7 +13,7 @@ from rope_export.errors import BadInputError
 from rope_export.places import calls_of, given_places
 from rope_export.shapes import Shape
 from rope_export.single import Interface, SingleCall, expected_of
-from rope_export.trial import OUTPUT, Progress, Trial
+from rope_export.trial import OUTPUT, Judged, Progress, Trial
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
@@ -80,45 +80,60 @@ def make_cases(
                 )
             trial = made
         if not shape.loud:
-            _refuse_foreign(block, trial)
+            refuse_foreign(trial, str(block.dtype).removeprefix("torch."), "block")
         for name, expected in trial.expected.items():
             row = expected.bound.tolerance.row
             widest[name, shape.loud] = max(widest.get((name, shape.loud), 0.0), row)
         cases.append(trial)
         loudness.append(shape.loud)
     return [
-        _with_widest(case, widest, loud=loud) for case, loud in zip(cases, loudness, strict=True)
+        with_widest(case, widest, loud=loud) for case, loud in zip(cases, loudness, strict=True)
     ]
 
 
-def _refuse_foreign(block: Attention, trial: Trial) -> None:
-    """Refuse a block that is not the attention its attributes state.
+def refuse_foreign(trial: Trial, dtype: str, what: str) -> None:
+    """Refuse a module that is not what its attributes state.
 
     Tolerances follow from what eager PyTorch errs by; were it to compute something else, they would
     admit anything.
+
+    Args:
+        trial: a case.
+        dtype: of the module's weights.
+        what: the module, in a word.
+
+    Raises:
+        BadInputError: eager PyTorch is further from truth than rounding explains.
     """
-    dtype = str(block.dtype).removeprefix("torch.")
     for name, expected in trial.expected.items():
         off = expected.bound.eager.rel
         if off > _FOREIGN[dtype]:
             raise BadInputError(
-                f"block must compute the attention that its attributes and weights state: eager "
-                f"PyTorch is off its float64 truth by {off:.2g} in {name} of '{trial.name}', over "
-                f"the {_FOREIGN[dtype]:g} that {dtype} could explain"
+                f"{what} must compute what its attributes and weights state: eager PyTorch is off "
+                f"its float64 truth by {off:.2g} in {name} of '{trial.name}', over the "
+                f"{_FOREIGN[dtype]:g} that {dtype} could explain"
             )
 
 
-def _with_widest(case: Trial, widest: dict[tuple[str, bool], float], *, loud: bool) -> Trial:
+def with_widest(
+    case: Trial, widest: dict[tuple[str, bool], float], *, loud: bool, deep: bool = False
+) -> Trial:
     """One token says little about what a token may be off by: all tokens of all cases do.
 
-    The same holds of a handful of loud ones taken together: whether one of them is near a tie,
-    where rounding is amplified, is a matter of luck.
+    The same holds of a handful of loud ones taken together, and of a handful that went through
+    a whole model: whether one is near a tie, where rounding is amplified, is a matter of luck.
+
+    Args:
+        case: with bounds of its own.
+        widest: the largest of one token, by tensor and loudness.
+        loud: whether the case's inputs are.
+        deep: whether it is a model's.
     """
     expected = {}
     for name, part in case.expected.items():
         held_to = part.bound.tolerance
         row = max(held_to.row, widest.get((name, loud), 0.0))
-        few = loud and len(part.truth) < _MANY_TOKENS
+        few = (loud or deep) and len(part.truth) < _MANY_TOKENS
         held_to = replace(held_to, row=row, rel=max(held_to.rel, row) if few else held_to.rel)
         expected[name] = replace(part, bound=replace(part.bound, tolerance=held_to))
     return replace(case, expected=expected)
@@ -136,16 +151,15 @@ def _in_calls(block: Attention, shape: Shape, whole: Trial, interface: Interface
         new_ids = None if call.position_ids is None else torch.from_numpy(call.position_ids)
         with torch.no_grad():
             y, past = block(
-                from_numpy(call.hidden),
+                from_numpy(call.tokens),
                 position_ids=new_ids,
                 past=past,
                 attention_mask=torch.from_numpy(mask),
             )
-        answers[call.tokens] = y[call.at]
-    of_whole = whole.expected[OUTPUT]
-    truth = np.zeros((shape.batch, shape.sequence, hidden.shape[-1]))
-    truth[of_whole.at] = of_whole.truth
+        answers[call.of_pass] = y[call.at]
+    truth = whole.expected[OUTPUT].truth.reshape(hidden.shape)  # of every token, as it was chosen
     eager = answers[at].double().numpy()
-    expected = expected_of(block, truth[at], eager, at, loud=False)
+    judged = Judged("tokens", at, hidden.shape)
+    expected = expected_of(block, truth[at], eager, judged, loud=False)
     assert expected is not None  # the full pass was finite
     return replace(whole, name=shape.name, expected={OUTPUT: expected}, steps=shape.steps)

@@ -53,10 +53,12 @@ class Bound:
     Attributes:
         eager: eager PyTorch against float64 truth.
         tolerance: derived from it and the dtype.
+        dtype: of the tensor, by NumPy's name.
     """
 
     eager: Errors
     tolerance: Errors
+    dtype: str
 
 
 def errors_against(truth: npt.NDArray[np.float64], output: npt.ArrayLike) -> Errors:
@@ -82,6 +84,27 @@ def errors_against(truth: npt.NDArray[np.float64], output: npt.ArrayLike) -> Err
         rel=_ratio(np.linalg.norm(difference), max(float(np.linalg.norm(truth)), tiny)),
         row=_ratio(token_error, scale),
         max_abs=float(np.abs(difference).max(initial=0.0)),
+    )
+
+
+def errors_between(truth: npt.NDArray[np.float64], output: npt.ArrayLike, dtype: str) -> Errors:
+    """Compare as `errors_against`; of integers, the share that differs at all.
+
+    Args:
+        truth: ``[..., tokens, width]``.
+        output: likewise.
+        dtype: of the tensor, by NumPy's name.
+    """
+    if not dtype.startswith(("int", "uint", "bool")):
+        return errors_against(truth, output)
+    output = np.asarray(output, dtype=np.float64)
+    if output.shape != truth.shape:
+        raise ValueError(f"output has shape {output.shape}, the truth {truth.shape}")
+    other = (output != truth).astype(np.float64)
+    return Errors(
+        rel=float(other.mean()) if other.size else 0.0,
+        row=float(other.mean(axis=-1).max(initial=0.0)),
+        max_abs=float(np.abs(output - truth).max(initial=0.0)),
     )
 
 

@@ -1,39 +1,28 @@
-"""`export`: from an attention block to an artifact on disk."""
+"""`export`: from a module to an artifact on disk."""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import inspect
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
-import torch
-from torch._dynamo.exc import UserError
+from torch import nn
 
 import rope_export
 from rope_export import artifact, graph, runtime
 from rope_export.attention import Attention
-from rope_export.errors import ExportError
-from rope_export.lowering import lowering_to, rules
-from rope_export.lowering.target import Target
+from rope_export.errors import BadInputError
 from rope_export.plan import Plan
 from rope_export.report import Report
-from rope_export.shapes import TRACED_BATCH, TRACED_LENGTH, TRACED_PAST
-from rope_export.trial import OUTPUT, Progress, Trial, silent
-from rope_export.validator import make_trials, prove
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
-
-# onnxruntime indexes batches with 32 bits.
-_MAX_BATCH = 2**31 - 1
-_LEAST_RANGE = 16
-_INTEGERS = ("position_ids", "attention_mask")
-_T = TypeVar("_T")
+from rope_export.subjects.base import Subject, evaluating
+from rope_export.subjects.block import BlockSubject
+from rope_export.subjects.module import ModuleSubject
+from rope_export.subjects.request import DrawInputs, DynamicShapes, ModuleRequest
+from rope_export.trial import Progress, Trial, silent
+from rope_export.validator import prove
 
 
 @dataclass(frozen=True)
@@ -64,9 +53,14 @@ class ExportResult:
 
 
 def export(
-    block: Attention,
+    module: nn.Module,
     path: str | Path,
     *,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: DynamicShapes | None = None,
+    inputs: DrawInputs | None = None,
+    output_names: Sequence[str] | None = None,
     target: str = "ort",
     providers: Sequence[str] = ("cpu",),
     max_seq_len: int | None = None,
@@ -82,24 +76,45 @@ def export(
     options: dict[str, Any] | None = None,
     progress: Progress = silent,
 ) -> ExportResult:
-    """Export an attention block to ONNX, with test vectors, as one folder that appears whole.
+    """Export a module to ONNX, with test vectors, as one folder that appears whole.
+
+    Any module is exported from example inputs. Each `Attention` and `RotaryEmbedding` inside it
+    lowers to the operators of the target, everything else as ``torch.onnx.export`` does it. An
+    `Attention` given without examples is exported as a block, whose inputs are known.
+
+    Graph inputs are named after the arguments, nested ones as ``state.0``. Lists of (key, value)
+    pairs, however named, are ``past_key_values.N.key`` and ``past_key_values.N.value``, and in
+    outputs ``present.N.key`` and ``present.N.value``. A result that is one tensor is ``output``;
+    the entries of a dictionary keep their names.
 
     Args:
-        block: what to export; its dtype is the graph's.
+        module: what to export, in the dtype of its weights.
         path: the artifact's folder; an earlier artifact there is replaced.
+        args: example inputs of ``module``, positional.
+        kwargs: example inputs by name.
+        dynamic_shapes: which axes vary, by argument name (or in the order of the arguments), as in
+            ``torch.export``: ``{"input_ids": {0: "batch", 1: "sequence"}}``. A label may be a text,
+            ``torch.export.Dim(name, min=, max=)``, or a sum such as ``"past_sequence+sequence"``;
+            a mapping of axes given for a nested argument holds for all of its tensors.
+        inputs: draws inputs for the proof: called with the sizes of the labels and a NumPy
+            generator, it returns arguments by name, those it leaves out are drawn from the
+            examples (numbers spread as they are there, integers from those that occur).
+        output_names: of the outputs that are no cache, in order.
         target: ``"ort"`` (onnxruntime's fused operators), ``"onnx"`` (standard opset 23) or
             ``"primitive"`` (opset 18 arithmetic).
         providers: the execution providers the graph must be legal on.
-        max_seq_len: longest sequence served (default: the table of ``block.rope``, or 4096).
-        position_ids: whether positions are a graph input ``[batch, sequence]``.
-        cache: whether keys and values of earlier tokens come in as ``past_key`` and ``past_value``
-            ``[batch, num_kv_heads, past_sequence, width]`` and go out, with the new ones, as
-            ``present_key`` and ``present_value``: one graph for prefill, chunks and decoding.
-        attention_mask: whether ``attention_mask`` ``[batch, total_sequence]`` is an input, 1 for a
-            token and 0 for padding; always so with ``cache``.
+        max_seq_len: longest sequence served (default: the shortest table of a RotaryEmbedding
+            inside, else the largest ``max`` of a ``Dim``, or 4096).
+        position_ids: of a block, whether positions are a graph input ``[batch, sequence]``.
+        cache: of a block, whether keys and values of earlier tokens come in as ``past_key`` and
+            ``past_value`` ``[batch, num_kv_heads, past_sequence, width]`` and go out, with the new
+            ones, as ``present_key`` and ``present_value``: one graph for prefill, chunks and
+            decoding.
+        attention_mask: of a block, whether ``attention_mask`` ``[batch, total_sequence]`` is an
+            input, 1 for a token and 0 for padding; always so with ``cache``.
         padding: ``"right"`` or ``"left"``, the side on which prompts are padded.
-        static: one batch and length instead of dynamic ones.
-        batch: rows of a static graph.
+        static: of a block, one batch and length instead of dynamic ones.
+        batch: of a static block, its rows.
         seed: of the inputs of the test vectors.
         validate: prove the graph before it takes its place, and keep the report in
             ``ExportResult.report``.
@@ -112,256 +127,94 @@ def export(
         where the artifact is and what it holds.
 
     Raises:
-        BadInputError: an argument is not acceptable, or no operator is legal; nothing is written.
+        BadInputError: an argument is not acceptable, no operator is legal, or the module cannot be
+            traced; nothing is written.
         ExportError: an axis that was to be dynamic came out narrower; nothing is written.
         ProviderUnavailableError: validation was asked for and a provider does not load; nothing is
             written.
     """
-    plan = Plan.checked(
-        block,
-        target=target,
-        providers=providers,
-        max_seq_len=max_seq_len,
-        position_ids=position_ids,
-        cache=cache,
-        attention_mask=attention_mask,
-        padding=padding,
-        static=static,
-        batch=batch,
-        seed=seed,
-    )
+    common: dict[str, Any] = {
+        "target": target,
+        "providers": providers,
+        "max_seq_len": max_seq_len,
+        "padding": padding,
+        "seed": seed,
+    }
+    of_a_block: dict[str, Any] = {
+        "position_ids": position_ids,
+        "cache": cache,
+        "attention_mask": attention_mask,
+        "static": static,
+        "batch": batch,
+    }
+    subject: Subject
+    if args is None and kwargs is None:
+        called = inspect.signature(module.forward).parameters
+        if not isinstance(module, Attention) or not {"past", "attention_mask"} <= set(called):
+            raise BadInputError(
+                f"args must be example inputs of {type(module).__name__}, got None (only an "
+                "Attention itself is exported without)"
+            )
+        subject = BlockSubject(module, Plan.checked(module, **common, **of_a_block))
+    else:
+        defaults = {"static": False, "batch": 1}
+        for name, value in of_a_block.items():
+            if value != defaults.get(name, False):
+                raise BadInputError(
+                    f"{name} is of an Attention exported alone, got {name}={value!r} with args: "
+                    "what a module takes is said by its examples"
+                )
+        request = ModuleRequest.checked(
+            module, args or (), kwargs or {}, dynamic_shapes, inputs, output_names, **common
+        )
+        subject = ModuleSubject(request)
     if validate:
         for provider in validate_on:
             runtime.require(provider)
-    was_training = block.training
-    block.eval()
-    try:
-        with artifact.staged(Path(path)) as folder:
-            progress(f"tracing and lowering to {target}")
-            model, choice = build_model(block, plan)
-            graph.save(model, folder)
-            trials, notes = make_trials(block, plan, progress)
-            vectors = _store(folder, trials)
-            description = {
-                "name": Path(path).name,
-                "target": plan.target,
-                "dtype": plan.dtype,
-                "providers": list(plan.providers),
-                "runs_on": plan.runs_on(block),
-                "attention": choice.form.attention.removeprefix("::"),
-                "rotation": rotation_name(choice),
-                "passed_over": list(choice.reasons),
-                "branches": list(choice.branches),
-                "cache": cache_layout(block, plan, choice) if plan.cache else None,
-                **graph.description(model, folder),
-            }
-            config = {
-                "format": artifact.FORMAT,
-                "block": describe_block(block),
-                "export": plan.to_json(),
-                "options": options or {},
-                "graph": description,
-                "notes": notes,
-                "test_vectors": [asdict(vector) for vector in vectors],
-                "versions": _versions(),
-                "files": artifact.digests(folder),
-            }
-            artifact.write_json(folder / artifact.CONFIG, config)
-            if validate:
-                report = prove(block, folder, plan, trials, named=validate_on, progress=progress)
-            else:
-                environment = runtime.environment()
-                report = Report(
-                    {}, (), description, environment, notes=tuple(notes), validated=False
-                )
-            report.write(folder)
-    finally:
-        block.train(was_training)
-    return ExportResult(Path(path), description, tuple(notes), report)
+    return _write(subject, Path(path), options or {}, validate, tuple(validate_on), progress)
 
 
-def build_model(block: Attention, plan: Plan) -> tuple[ir.Model, rules.Choice]:
-    """Trace, check the axes, lower and tidy.
-
-    Raises:
-        ExportError: an axis that was to be dynamic came out fixed or with a narrower range.
-    """
-    target = Target(plan.target, plan.providers, plan.longest, plan.padding)
-    inputs, outputs = interface(block, plan)
-    length = TRACED_LENGTH if plan.cache else min(TRACED_LENGTH, plan.longest)
-    sizes = {"batch": TRACED_BATCH, "sequence": length}
-    sizes |= {"past_sequence": TRACED_PAST, "total_sequence": sizes["sequence"] + TRACED_PAST}
-    if not plan.cache:
-        sizes["total_sequence"] = sizes["sequence"]
-    # The tracer takes no range as narrow as that of a very small cache.
-    longest = max(plan.longest, _LEAST_RANGE) if plan.cache else plan.longest
-    ranges = {
-        "batch": (1, _MAX_BATCH),
-        "sequence": (1, longest),
-        "past_sequence": (0, longest - 1),
-        "total_sequence": (1, longest),
-    }
-    dims = {
-        name: torch.export.Dim(name, min=low, max=high)
-        for name, (low, high) in ranges.items()
-        if low < high
-    }
-    examples, dynamic, largest = {}, {}, {}
-    for name, axes in inputs.items():
-        shape = [sizes[axis] if isinstance(axis, str) else axis for axis in axes]
-        kind = torch.int64 if name in _INTEGERS else block.dtype
-        examples[name] = torch.zeros(shape, dtype=kind, device=block.device)
-        named = {index: axis for index, axis in enumerate(axes) if isinstance(axis, str)}
-        dynamic[name] = {index: dims[axis] for index, axis in named.items()}
-        largest[name] = {index: ranges[axis] for index, axis in named.items()}
-    if plan.attention_mask:
-        examples["attention_mask"].fill_(1)
-    hidden_states = examples.pop("hidden_states")
-    with _quiet_torch(), torch.no_grad(), lowering_to(target):
-        try:
-            program = torch.export.export(
-                block,
-                (hidden_states,),
-                _with_past(examples),
-                dynamic_shapes=_with_past(dynamic),
-                strict=False,
-            )
-        except UserError as error:
-            raise ExportError(
-                f"torch.export narrowed an axis: {str(error).splitlines()[0]}"
-            ) from error
-        check_ranges(program, largest)
-        converted = torch.onnx.export(
-            program,
-            dynamo=True,
-            opset_version=rules.OPSETS[plan.target],
-            optimize=False,
-            verbose=False,
-        )
-    assert converted is not None  # dynamo=True without a file
-    model: ir.Model = converted.model
-    graph.tidy(model, inputs, outputs)
-    (choice,) = target.choices
-    return model, choice
-
-
-def interface(
-    block: Attention, plan: Plan
-) -> tuple[dict[str, list[str | int]], dict[str, list[str | int]]]:
-    """Axes of every graph input and output, dynamic ones by name, in order."""
-    batch: str | int = plan.batch if plan.static else "batch"
-    length: str | int = plan.longest if plan.static or plan.longest == 1 else "sequence"
-    lead = [block.rope.axes] if block.rope is not None and block.rope.axes > 1 else []
-    inputs: dict[str, list[str | int]] = {"hidden_states": [batch, length, block.hidden_size]}
-    outputs: dict[str, list[str | int]] = {OUTPUT: [batch, length, block.hidden_size]}
-    if plan.position_ids:
-        inputs["position_ids"] = [*lead, batch, length]
-    if plan.cache:
-        for name, width in (("key", block.head_dim), ("value", block.value_head_dim)):
-            heads = block.num_kv_heads
-            inputs[f"past_{name}"] = [batch, heads, "past_sequence", width]
-            outputs[f"present_{name}"] = [batch, heads, "total_sequence", width]
-    if plan.attention_mask:
-        inputs["attention_mask"] = [batch, "total_sequence" if plan.cache else length]
-    return inputs, outputs
-
-
-def _with_past(by_name: dict[str, _T]) -> dict[str, Any]:
-    """Graph inputs as arguments of the block: ``past`` is a pair."""
-    given: dict[str, Any] = {}
-    for name, value in by_name.items():
-        if name == "past_value":
-            continue
-        if name == "past_key":
-            given["past"] = (value, by_name["past_value"])
+def _write(
+    subject: Subject,
+    path: Path,
+    options: dict[str, Any],
+    validate: bool,
+    validate_on: tuple[str, ...],
+    progress: Progress,
+) -> ExportResult:
+    with artifact.staged(path) as folder, evaluating(subject.module):
+        progress(f"tracing and lowering to {subject.target}")
+        built = subject.build()
+        graph.save(built.model, folder)
+        trials, notes = subject.trials(progress)
+        vectors = _store(folder, trials)
+        description = {
+            "name": path.name,
+            "target": subject.target,
+            "dtype": subject.dtype,
+            "providers": list(subject.providers),
+            "runs_on": subject.runs_on(),
+            **built.facts,
+            **graph.description(built.model, folder),
+        }
+        config = {
+            "format": artifact.FORMAT,
+            **subject.describe(),
+            "options": options,
+            "graph": description,
+            "notes": notes,
+            "test_vectors": [asdict(vector) for vector in vectors],
+            "versions": _versions(),
+            "files": artifact.digests(folder),
+        }
+        artifact.write_json(folder / artifact.CONFIG, config)
+        if validate:
+            report = prove(subject, folder, trials, named=validate_on, progress=progress)
         else:
-            given[name] = value
-    return given
-
-
-def check_ranges(
-    program: torch.export.ExportedProgram, asked: dict[str, dict[int, tuple[int, int]]]
-) -> None:
-    """Check that every axis asked to be dynamic still takes every size asked for.
-
-    Args:
-        program: the traced program.
-        asked: for every input, in order, the smallest and largest size of every dynamic axis.
-
-    Raises:
-        ExportError: an axis came out fixed or with a narrower range.
-    """
-    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
-    given = dict(zip(asked, nodes[len(nodes) - len(asked) :], strict=True))
-    for name, by_axis in asked.items():
-        for axis, (least, largest) in by_axis.items():
-            size = given[name].meta["val"].shape[axis]
-            if not isinstance(size, torch.SymInt):
-                raise ExportError(f"axis {axis} of {name} was to be dynamic and came out as {size}")
-            served = program.range_constraints[size.node.expr]
-            if served.lower > least or served.upper < largest:
-                raise ExportError(
-                    f"axis {axis} of {name} was to serve {least} … {largest} "
-                    f"and came out as {served.lower} … {served.upper}"
-                )
-
-
-def cache_layout(block: Attention, plan: Plan, choice: rules.Choice) -> dict[str, Any]:
-    """How the graph keeps its cache, as `runtime.CacheLayout` has it."""
-    layout = runtime.CacheLayout(
-        num_kv_heads=block.num_kv_heads,
-        head_dim=block.head_dim,
-        value_head_dim=block.value_head_dim,
-        capacity=plan.longest,
-        packs_rows=choice.form.packs_rows,
-        by_rows=choice.by_rows,
-        padding=plan.padding,
-        position_axes=block.rope.axes if plan.position_ids and block.rope is not None else 0,
-    )
-    return asdict(layout)
-
-
-def rotation_name(choice: rules.Choice) -> str:
-    """Where the rotation happens, as the report has it."""
-    if choice.form.rotation is None:
-        return f"inside {choice.form.attention}"
-    return choice.form.rotation.removeprefix("::")
-
-
-def describe_block(block: Attention) -> dict[str, Any]:
-    """Shape, variant and RoPE of a block, as ``config.json`` has them."""
-    rope = block.rope
-    return {
-        "hidden_size": block.hidden_size,
-        "num_heads": block.num_heads,
-        "num_kv_heads": block.num_kv_heads,
-        "head_dim": block.head_dim,
-        "value_head_dim": block.value_head_dim,
-        "causal": block.causal,
-        "window": block.window,
-        "softcap": block.softcap,
-        "sinks": block.sinks is not None,
-        "qk_norm": None if block.q_norm is None else asdict(block.q_norm.spec),
-        "latent": None if block.latent is None else asdict(block.latent.spec),
-        "scale": block.scale,
-        "qkv_bias": block.latent is None and block.q_proj.bias is not None,
-        "out_bias": block.o_proj.bias is not None,
-        "rope": None
-        if rope is None
-        else {
-            "dim": rope.dim,
-            # Loaded or trained frequencies have no base; they are listed instead.
-            "theta": None if rope.learned_freq else rope.theta,
-            "inv_freq": rope.inv_freq.tolist() if rope.theta is None or rope.learned_freq else None,
-            "learned_freq": rope.learned_freq,
-            "layout": rope.layout,
-            "scaling": rope.scaling,
-            "attention_factor": rope.attention_factor,
-            "xpos_scale_base": None if rope.xpos is None else rope.xpos.scale_base,
-            "interpolate_factor": rope.interpolate_factor,
-            "max_seq_len": rope.max_seq_len,
-        },
-    }
+            environment = runtime.environment()
+            report = Report({}, (), description, environment, notes=tuple(notes), validated=False)
+        report.write(folder)
+    return ExportResult(path, description, tuple(notes), report)
 
 
 def _store(folder: Path, trials: list[Trial]) -> list[artifact.Vector]:
@@ -370,7 +223,7 @@ def _store(folder: Path, trials: list[Trial]) -> list[artifact.Vector]:
     for trial in trials:
         if not trial.stored:
             continue
-        known = written.get(id(trial.inputs["hidden_states"]))
+        known = written.get(id(trial.inputs))
         vector = artifact.Vector(
             name=trial.name,
             folder=known or f"{artifact.VECTORS}{len(written)}",
@@ -382,7 +235,7 @@ def _store(folder: Path, trials: list[Trial]) -> list[artifact.Vector]:
         )
         if known is None:  # trials in several calls share the vector of one full pass
             artifact.write_vector(folder, vector, trial.inputs, trial.outputs)
-            written[id(trial.inputs["hidden_states"])] = vector.folder
+            written[id(trial.inputs)] = vector.folder
         vectors.append(vector)
     return vectors
 
@@ -390,17 +243,3 @@ def _store(folder: Path, trials: list[Trial]) -> list[artifact.Vector]:
 def _versions() -> dict[str, str]:
     packages = ("torch", "onnx", "onnxscript", "onnx-ir", "numpy")
     return {"rope_export": rope_export.__version__, **{p: metadata.version(p) for p in packages}}
-
-
-@contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """Silence the exporter's chatter (missing torchvision, deprecations); errors still raise."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

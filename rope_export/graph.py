@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +24,32 @@ _NO_LIMIT = 1 << 62
 Axes = Sequence[str | int]
 
 
-def tidy(model: ir.Model, inputs: Mapping[str, Axes], outputs: Mapping[str, Axes]) -> None:
+def tidy(
+    model: ir.Model,
+    inputs: Mapping[str, Axes],
+    outputs: Mapping[str, Axes],
+    *,
+    name: str = "attention",
+    parameters: Collection[str] = (),
+    prefix: str = "",
+) -> None:
     """Fold constants, name everything by what it is, and drop what points to this machine.
+
+    Tables and constants that are equal, those of several layers say, are kept once.
 
     Args:
         model: changed in place.
         inputs: axes of every graph input, symbolic ones by name.
         outputs: axes of every graph output, in order.
+        name: of the graph.
+        parameters: names of the weights that are trained; these stay apart even where they are
+            equal.
+        prefix: taken off the names of weights.
 
     Raises:
         ExportError: a graph input or output does not have the axes asked for.
     """
-    sources = _weight_names(model)
+    sources, learned = _weight_names(model, parameters)
     optimizer.optimize(model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT)
     common_passes.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
@@ -46,23 +61,42 @@ def tidy(model: ir.Model, inputs: Mapping[str, Axes], outputs: Mapping[str, Axes
         value.metadata_props.clear()
         value.doc_string = None
     control.expand(model)
+    _keep_once(model, learned)
     _name_interface(model, inputs, outputs)
-    _name_inside(model, sources)
+    _name_inside(model, sources, prefix)
     model.producer_name = "rope-export"
     model.producer_version = rope_export.__version__
-    model.graph.name = "attention"
+    model.graph.name = name
 
 
-def _weight_names(model: ir.Model) -> dict[str, str]:
-    """Names of values computed from weights alone, from the weights they are made of."""
+def _weight_names(model: ir.Model, parameters: Collection[str]) -> tuple[dict[str, str], set[str]]:
+    """Names of values computed from weights alone, and which of those are made of parameters."""
     names = {name: name for name in model.graph.initializers if name is not None}
+    learned = set(names) & set(parameters)
     for node in model.graph:
-        origins = [names.get(value.name or "") for value in node.inputs if value is not None]
+        inputs = [value.name or "" for value in node.inputs if value is not None]
+        origins = [names.get(name) for name in inputs]
         weights = [origin for origin in origins if origin is not None and "." in origin]
         if weights and len(weights) == len(origins):
             for output in node.outputs:
                 names[output.name or ""] = _joined(weights)
-    return names
+                if learned.intersection(inputs):
+                    learned.add(output.name or "")
+    return names, learned
+
+
+def _keep_once(model: ir.Model, learned: Collection[str]) -> None:
+    """Keep one of all initializers with the same content that are not made of parameters."""
+    kept: dict[tuple[Any, ...], ir.Value] = {}
+    for name, value in list(model.graph.initializers.items()):
+        tensor = value.const_value
+        if name in learned or tensor is None or value.is_graph_output():
+            continue
+        content = hashlib.sha256(tensor.tobytes()).digest()
+        first = kept.setdefault((tensor.dtype, tuple(tensor.shape.numpy()), content), value)
+        if first is not value:
+            value.replace_all_uses_with(first)
+            del model.graph.initializers[name]
 
 
 def _joined(names: list[str]) -> str:
@@ -92,11 +126,11 @@ def _name_interface(
             value.shape = ir.Shape(axes)
 
 
-def _name_inside(model: ir.Model, sources: Mapping[str, str]) -> None:
+def _name_inside(model: ir.Model, sources: Mapping[str, str], prefix: str) -> None:
     taken: Counter[str] = Counter()
     for value in list(model.graph.initializers.values()):
         old = value.name or ""
-        name = sources.get(old, old)
+        name = "+".join(part.removeprefix(prefix) for part in sources.get(old, old).split("+"))
         if "." not in name:
             name = "constant"
         taken[name] += 1

@@ -19,22 +19,22 @@ class Call:
     """One of several calls that together are a full pass.
 
     Attributes:
-        hidden: ``[B, S, hidden]``, zeros at padding.
+        tokens: ``[B, S, ...]``, zeros at padding.
         position_ids: ``[..., B, S]`` or None.
         mask: ``[B, S]``, 1 for a token.
         at: batch row and column of its tokens.
-        tokens: batch row and place in the full pass of the same.
+        of_pass: batch row and place in the full pass of the same.
     """
 
-    hidden: Array
+    tokens: Array
     position_ids: npt.NDArray[np.int64] | None
     mask: npt.NDArray[np.int64]
     at: Places
-    tokens: Places
+    of_pass: Places
 
 
 def calls_of(
-    hidden_states: Array,
+    tokens: Array,
     position_ids: Array | None,
     steps: tuple[tuple[int, ...], ...],
     padding: str,
@@ -42,25 +42,25 @@ def calls_of(
     """Split a full pass into calls.
 
     Args:
-        hidden_states: of the full pass, ``[B, T, hidden]``.
+        tokens: of the full pass, ``[B, T, ...]``.
         position_ids: of the full pass, ``[..., B, T]``, or None.
         steps: how many tokens each row is given in each call.
         padding: the side on which shorter rows are padded.
     """
-    batch, _, width = hidden_states.shape
+    batch = tokens.shape[0]
     used = np.zeros(batch, dtype=np.int64)
     for step in steps:
         row, token, column = step_tokens(step, used, padding)
         length = max(step)
-        hidden = np.zeros((batch, length, width), hidden_states.dtype)
-        hidden[row, column] = hidden_states[row, token]
+        given = np.zeros((batch, length, *tokens.shape[2:]), tokens.dtype)
+        given[row, column] = tokens[row, token]
         mask = np.zeros((batch, length), dtype=np.int64)
         mask[row, column] = 1
         ids = None
         if position_ids is not None:
             ids = np.zeros((*position_ids.shape[:-1], length), dtype=np.int64)
             ids[..., row, column] = position_ids[..., row, token]
-        yield Call(hidden, ids, mask, (row, column), (row, token))
+        yield Call(given, ids, mask, (row, column), (row, token))
         used += np.array(step)
 
 

@@ -67,16 +67,8 @@ class Plan:
         Raises:
             BadInputError: an argument is not acceptable.
         """
-        if target not in rules.TARGETS:
-            raise BadInputError(f"target must be one of {', '.join(rules.TARGETS)}, got {target!r}")
-        chosen = tuple(dict.fromkeys([providers] if isinstance(providers, str) else providers))
-        unknown = [p for p in chosen if p not in rules.PROVIDERS]
-        if unknown or not chosen:
-            got = repr(unknown[0]) if unknown else "none"
-            raise BadInputError(
-                f"providers must be some of {', '.join(rules.PROVIDERS)}, got {got}"
-            )
-        _refuse_what_weights_do_not_say(block)
+        chosen = checked_providers(target, providers)
+        refuse_what_weights_do_not_say(block)
         weights = {n: p for n, p in block.named_parameters() if not n.startswith("rope.")}
         dtypes = {str(p.dtype).removeprefix("torch.") for p in weights.values()}
         if len(dtypes) != 1 or not dtypes <= set(rules.DTYPES):
@@ -179,13 +171,33 @@ class Plan:
         return cls(**content | {"providers": tuple(content["providers"])})
 
 
-def _refuse_what_weights_do_not_say(block: Attention) -> None:
+def checked_providers(target: str, providers: Sequence[str]) -> tuple[str, ...]:
+    """Providers, each once, of a target that exists.
+
+    Raises:
+        BadInputError: the target or a provider is unknown, or there is none.
+    """
+    if target not in rules.TARGETS:
+        raise BadInputError(f"target must be one of {', '.join(rules.TARGETS)}, got {target!r}")
+    chosen = tuple(dict.fromkeys([providers] if isinstance(providers, str) else providers))
+    unknown = [p for p in chosen if p not in rules.PROVIDERS]
+    if unknown or not chosen:
+        got = repr(unknown[0]) if unknown else "none"
+        raise BadInputError(f"providers must be some of {', '.join(rules.PROVIDERS)}, got {got}")
+    return chosen
+
+
+def refuse_what_weights_do_not_say(block: Attention, prefix: str = "") -> None:
     """Graph and float64 truth are made from weights: what acts beside them would be left out.
+
+    Args:
+        block: the attention.
+        prefix: its name within a model.
 
     Raises:
         BadInputError: a projection is no plain linear layer, or a module has forward hooks.
     """
-    for name, module in block.named_modules():
+    for name, module in block.named_modules(prefix=prefix):
         last = name.rpartition(".")[2]
         plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
         if last.endswith("_proj") and not plain:

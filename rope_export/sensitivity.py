@@ -18,7 +18,20 @@ if TYPE_CHECKING:
 def sensitivities(block: Attention, *, length: int, seed: int) -> dict[str, float]:
     """Relative change of the truth under typical defects: what the proof would have seen."""
     x = draw(np.random.default_rng([seed, 1 << 21]), block, 1, length, input_gain(block, seed))
-    meaning = Semantics.of(block)
+    truth = attention_truth(block, x).numpy()
+    return {
+        name: errors_against(truth, attention_truth(block, x, semantics=defect).numpy()).rel
+        for name, defect in defects_of(Semantics.of(block), length).items()
+    }
+
+
+def defects_of(meaning: Semantics, length: int) -> dict[str, Semantics]:
+    """Typical defects that attention of some meaning could have.
+
+    Args:
+        meaning: of the attention as it should be.
+        length: of the sequence on which they are to show.
+    """
     defects: dict[str, Semantics] = {
         "score scale 2 % off": replace(meaning, scale=meaning.scale * 1.02)
     }
@@ -50,8 +63,4 @@ def sensitivities(block: Attention, *, length: int, seed: int) -> dict[str, floa
         defects["query and key norms dropped"] = replace(meaning, norm_eps=None)
     if meaning.num_kv_heads > 1:
         defects["value heads rolled"] = replace(meaning, value_roll=1)
-    truth = attention_truth(block, x).numpy()
-    return {
-        name: errors_against(truth, attention_truth(block, x, semantics=defect).numpy()).rel
-        for name, defect in defects.items()
-    }
+    return defects

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -10,19 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rope_export.comparison import Bound, errors_against, tolerance
 from rope_export.draws import RUN, draw, draw_positions, from_numpy, sample_rows, to_numpy
 from rope_export.places import Array, Places, cache_places, step_tokens
 from rope_export.reference import attention_truth, keys_and_values
 from rope_export.scores import visible_keys
 from rope_export.shapes import Shape
-from rope_export.trial import OUTPUT, PRESENTS, Expected, Trial
+from rope_export.trial import OUTPUT, PRESENTS, Expected, Judged, Trial
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
-
-# Of cases with loud inputs, where eager PyTorch's own error is a matter of luck.
-_LOUD_ALLOWANCE = 4.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,9 @@ class SingleCall:
             inputs["attention_mask"] = self.mask
         truth = self._truth()
         eager, present = self._eager(new_ids, past)
-        parts = {OUTPUT: expected_of(self.block, truth, eager, self._compared(), loud=shape.loud)}
+        whole = (shape.batch, shape.sequence, self.block.hidden_size)
+        judged = Judged("tokens", self._compared(), whole)
+        parts = {OUTPUT: expected_of(self.block, truth, eager, judged, loud=shape.loud)}
         if exact is not None:
             parts |= self._presents(exact, present)
         expected = {name: part for name, part in parts.items() if part is not None}
@@ -213,7 +210,9 @@ class SingleCall:
         for name, tensor, eager in zip(PRESENTS, exact, present, strict=True):
             truth = tensor[row, :, nth].flatten(1).numpy()
             got = eager[at_columns[0], :, at_columns[1]].flatten(1).double().numpy()
-            expected[name] = expected_of(self.block, truth, got, at, loud=self.shape.loud)
+            whole = (self.shape.batch, tensor.shape[1], self.shape.total, tensor.shape[3])
+            judged = Judged("cache", at, whole)
+            expected[name] = expected_of(self.block, truth, got, judged, loud=self.shape.loud)
         return expected
 
     def _outputs(self, inputs: dict[str, Array], expected: dict[str, Expected]) -> dict[str, Array]:
@@ -221,7 +220,7 @@ class SingleCall:
         dtype = inputs["hidden_states"].dtype
         shape = self.shape
         output = np.zeros((shape.batch, shape.sequence, self.block.hidden_size), dtype)
-        output[expected[OUTPUT].at] = expected[OUTPUT].truth.astype(dtype)
+        output[self._compared()] = expected[OUTPUT].truth.astype(dtype)
         outputs: dict[str, Array] = {OUTPUT: output}
         for name in PRESENTS:
             if name not in expected:
@@ -231,7 +230,7 @@ class SingleCall:
             present: Array = np.zeros((batch, heads, shape.total, width), dtype)
             if not self.interface.packs_rows:
                 present[:, :, :earlier] = past
-            row, slot = expected[name].at
+            row, slot = cache_places(self.mask, packs_rows=self.interface.packs_rows)
             values = expected[name].truth.astype(dtype).reshape(len(row), heads, width)
             present[row, :, slot] = values
             outputs[name] = present
@@ -239,21 +238,12 @@ class SingleCall:
 
 
 def expected_of(
-    block: Attention, truth: Array, eager: Array, at: Places, *, loud: bool
+    block: Attention, truth: Array, eager: Array, judged: Judged, *, loud: bool
 ) -> Expected | None:
     """How close is close enough, or None when eager PyTorch itself is not finite."""
     dtype = str(block.dtype).removeprefix("torch.")
     products = max(block.hidden_size, block.num_heads * block.value_head_dim)
-    exact = np.ascontiguousarray(truth, dtype=np.float64)
-    errors = errors_against(exact, eager)
-    if not math.isfinite(errors.rel):
-        return None
-    held_to = tolerance(errors, dtype, products)
-    if loud:
-        held_to = replace(
-            held_to, rel=_LOUD_ALLOWANCE * held_to.rel, row=_LOUD_ALLOWANCE * held_to.row
-        )
-    return Expected(exact, at, Bound(errors, held_to))
+    return judged.expected(truth, eager, dtype, products, loud=loud)
 
 
 @torch.no_grad()

@@ -6,14 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from rope_export import runtime
 from rope_export.artifact import Artifact, Vector, read_vector
-from rope_export.comparison import Bound, Errors, errors_against
+from rope_export.comparison import Bound, Errors, errors_between, tolerance
 from rope_export.errors import BadInputError, ProviderUnavailableError
 from rope_export.places import Array, Places, cache_places, calls_of, given_places, new_places
 from rope_export.report import CaseResult, ProviderStatus, Report
@@ -21,7 +20,11 @@ from rope_export.report import CaseResult, ProviderStatus, Report
 Progress = Callable[[str], None]
 OUTPUT = "output"
 PRESENTS = ("present_key", "present_value")
+KINDS = ("tokens", "cache", "whole")
+"""New tokens on the first two axes, those of a cache on the first and third, or none at all."""
 _ROOM = 16
+# Of cases with loud inputs, where eager PyTorch's own error is a matter of luck.
+_LOUD_ALLOWANCE = 4.0
 _INFINITE = Errors(math.inf, math.inf, math.inf)
 
 
@@ -35,21 +38,84 @@ class Expected:
 
     Attributes:
         truth: ``[tokens, width]`` float64; of keys and values, all heads of a token in one row.
-        at: batch row and place of each of those tokens; keys and values have their places on the
-            third axis.
+        at: batch row and place of each of those tokens, or None: everything is compared.
         bound: how close is close enough.
+        kind: where tokens are, one of `KINDS`.
+        shape: of the whole tensor.
     """
 
     truth: npt.NDArray[np.float64]
-    at: Places
+    at: Places | None
     bound: Bound
+    kind: str
+    shape: tuple[int, ...]
 
     def take(self, tensor: Array) -> Array:
-        """The tokens in question of an output ``[B, S, width]`` or a cache ``[B, G, T, width]``."""
-        row, place = self.at
-        if tensor.ndim == 3:
-            return tensor[row, place]
-        return tensor[row, :, place].reshape(len(row), -1)
+        """The tokens in question, ``[tokens, width]``."""
+        return rows_of(tensor, self.at, self.kind)
+
+
+def rows_of(tensor: Array, at: Places | None, kind: str) -> Array:
+    """Rows of what is compared: the tokens at some places, or all there is.
+
+    Args:
+        tensor: ``[B, S, ...]`` of new tokens, ``[B, G, T, width]`` of a cache, or any other.
+        at: batch row and place of the tokens.
+        kind: one of `KINDS`.
+    """
+    if at is None:
+        rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(-1, 1)
+    else:
+        row, place = at
+        found = tensor[row, place] if kind == "tokens" else tensor[row, :, place]
+        rows = found.reshape(len(row), -1)
+    return rows
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What of an output is compared.
+
+    Attributes:
+        kind: where its tokens are, one of `KINDS`.
+        at: batch row and place of those compared, or None: everything.
+        shape: of the whole tensor.
+    """
+
+    kind: str
+    at: Places | None
+    shape: tuple[int, ...]
+
+    def expected(
+        self,
+        truth: Array,
+        eager: Array,
+        dtype: str,
+        products: int,
+        *,
+        loud: bool = False,
+        rounding: str | None = None,
+    ) -> Expected | None:
+        """Compare eager PyTorch with truth, or return None where it is not finite.
+
+        Args:
+            truth: ``[tokens, width]`` float64.
+            eager: the same of eager PyTorch.
+            dtype: of the tensor.
+            products: length of the longest sum of products.
+            loud: whether inputs are so large that eager's own error is a matter of luck.
+            rounding: the dtype computed in, if not the tensor's.
+        """
+        exact = np.ascontiguousarray(truth, dtype=np.float64)
+        errors = errors_between(exact, eager, dtype)
+        if not math.isfinite(errors.rel):
+            return None
+        held_to = tolerance(errors, rounding or dtype, products)
+        if loud:
+            held_to = replace(
+                held_to, rel=_LOUD_ALLOWANCE * held_to.rel, row=_LOUD_ALLOWANCE * held_to.row
+            )
+        return Expected(exact, self.at, Bound(errors, held_to, dtype), self.kind, self.shape)
 
 
 @dataclass(frozen=True)
@@ -107,19 +173,17 @@ def run_trials(
     results: list[CaseResult] = []
     for trial in trials:
         progress(f"{provider}: {trial.name} [{trial.batch}, {trial.sequence}]")
-        results += _run(session, trial, artifact.cache)
+        results += _run(session, trial, artifact)
     return ProviderStatus("ok", None, session.nodes), results
 
 
-def _run(
-    session: runtime.Session, trial: Trial, cache: dict[str, Any] | None
-) -> Iterator[CaseResult]:
+def _run(session: runtime.Session, trial: Trial, artifact: Artifact) -> Iterator[CaseResult]:
     if sorted(session.input_names) != sorted(trial.inputs):
         wanted, got = ", ".join(trial.inputs), ", ".join(session.input_names)
         yield _failed(session.provider, trial, f"the graph's inputs are {got}, not {wanted}")
         return
     try:
-        outputs = _driven(session, trial, cache) if trial.steps else session.run(trial.inputs)
+        outputs = _driven(session, trial, artifact) if trial.steps else session.run(trial.inputs)
     except (RuntimeError, BadInputError) as error:
         yield _failed(session.provider, trial, str(error))
         return
@@ -127,7 +191,8 @@ def _run(
         why = _unlike(outputs, name, trial)
         errors = _INFINITE
         if why is None:
-            errors = errors_against(expected.truth, expected.take(outputs[name]))
+            taken = expected.take(outputs[name])
+            errors = errors_between(expected.truth, taken, expected.bound.dtype)
         yield _result(session.provider, trial, name, errors, why)
 
 
@@ -135,41 +200,35 @@ def _unlike(outputs: dict[str, Array], name: str, trial: Trial) -> str | None:
     """Why an output cannot be compared, or None."""
     if name not in outputs:
         return f"the graph has no output {name!r}"
-    got, hidden = outputs[name], trial.inputs["hidden_states"]
-    if name == OUTPUT:
-        whole: tuple[int, ...] = (trial.batch, trial.sequence, hidden.shape[-1])
-    else:
-        past = trial.inputs[name.replace("present", "past")]
-        total = trial.inputs["attention_mask"].shape[1]
-        whole = (trial.batch, past.shape[1], total, past.shape[3])
-    if got.shape != whole:
-        return f"{name} is {got.shape}, not {whole}"
-    if got.dtype != hidden.dtype:
-        return f"{name} is {got.dtype}, not {hidden.dtype}"
+    got, expected = outputs[name], trial.expected[name]
+    if got.shape != expected.shape:
+        return f"{name} is {got.shape}, not {expected.shape}"
+    if got.dtype.name != expected.bound.dtype:
+        return f"{name} is {got.dtype}, not {expected.bound.dtype}"
     return None
 
 
-def _driven(
-    session: runtime.Session, trial: Trial, cache: dict[str, Any] | None
-) -> dict[str, Array]:
+def _driven(session: runtime.Session, trial: Trial, artifact: Artifact) -> dict[str, Array]:
     """Run the calls of a trial one after the other; the output as of one full pass."""
-    assert cache is not None  # only graphs with one have such trials
-    layout = runtime.CacheLayout(**cache)
+    layout = artifact.cache
+    assert layout is not None  # only graphs with one have such trials
     columns = sum(max(step) for step in trial.steps)
     # Longer than needed, as an application's is.
     capacity = min(columns + _ROOM, layout.capacity)
     decoder = runtime.Decoder(session, layout, batch=trial.batch, capacity=capacity)
-    hidden_states, ids = trial.inputs["hidden_states"], trial.inputs.get("position_ids")
-    output = np.zeros_like(hidden_states)
-    for call in calls_of(hidden_states, ids, trial.steps, layout.padding):
+    tokens, ids = trial.inputs[layout.tokens], trial.inputs.get("position_ids")
+    expected = trial.expected[layout.output]
+    output = np.zeros(expected.shape, decoder.output_dtype)
+    for call in calls_of(tokens, ids, trial.steps, layout.padding):
         if call.mask.shape[1] == 1 and call.mask.all():
-            answer = decoder.decode(call.hidden, position_ids=call.position_ids)
+            answer = decoder.decode(call.tokens, position_ids=call.position_ids)
         else:
+            mask = None if call.mask.all() else call.mask
             answer = decoder.prefill(
-                call.hidden, attention_mask=call.mask, position_ids=call.position_ids
+                call.tokens, attention_mask=mask, position_ids=call.position_ids
             )
-        output[call.tokens] = answer[call.at]
-    return {OUTPUT: output}
+        output[call.of_pass] = answer[call.at]
+    return {layout.output: output}
 
 
 def _failed(provider: str, trial: Trial, reason: str) -> CaseResult:
@@ -203,7 +262,7 @@ def stored_trials(artifact: Artifact) -> Iterable[Trial]:
     for vector in artifact.vectors:
         inputs, outputs = read_vector(artifact.path, vector)
         try:
-            expected = _stored_expectations(vector, inputs, outputs, artifact.cache)
+            expected = _stored_expectations(vector, inputs, outputs, artifact)
         except (KeyError, IndexError, ValueError) as error:
             raise BadInputError(
                 f"{artifact.path / vector.folder}: holds no vector of {vector.batch} x "
@@ -222,30 +281,30 @@ def stored_trials(artifact: Artifact) -> Iterable[Trial]:
 
 
 def _stored_expectations(
-    vector: Vector,
-    inputs: dict[str, Array],
-    outputs: dict[str, Array],
-    cache: dict[str, Any] | None,
+    vector: Vector, inputs: dict[str, Array], outputs: dict[str, Array], artifact: Artifact
 ) -> dict[str, Expected]:
     """What the stored outputs say; raises ValueError, KeyError or IndexError if they cannot be."""
-    hidden, output = inputs["hidden_states"], outputs[OUTPUT]
-    if hidden.shape[:2] != (vector.batch, vector.sequence) or hidden.shape[:2] != output.shape[:2]:
+    graph, cache = artifact.config["graph"], artifact.cache
+    first = inputs[graph["tokens"]]
+    if first.shape[:2] != (vector.batch, vector.sequence)[: first.ndim]:
         raise ValueError
-    if hidden.dtype != output.dtype:
-        raise ValueError
-    mask = inputs.get("attention_mask", np.ones(hidden.shape[:2], dtype=np.int64))
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        mask = np.ones((vector.batch, vector.past + vector.sequence), dtype=np.int64)
     if mask.shape[0] != vector.batch or mask.shape[1] < vector.sequence:
         raise ValueError
-    places = {OUTPUT: new_places(mask, vector.sequence)}
+    places: dict[str, Places | None] = {"tokens": new_places(mask, vector.sequence), "whole": None}
     if vector.steps:
-        places[OUTPUT] = given_places(vector.steps)
-    elif cache is not None:
-        of_cache = cache_places(mask, packs_rows=cache["packs_rows"])
-        places |= dict.fromkeys(PRESENTS, of_cache)
+        places["tokens"] = given_places(vector.steps)
+    if cache is not None:
+        places["cache"] = cache_places(mask, packs_rows=cache.packs_rows)
     expected = {}
     for name, bound in vector.bounds.items():
-        empty = Expected(np.zeros((0, 0)), places[name], bound)
-        expected[name] = replace(empty, truth=empty.take(outputs[name]).astype(np.float64))
+        output, kind = outputs[name], graph["outputs"][name]
+        if output.dtype.name != bound.dtype:
+            raise ValueError
+        rows = rows_of(output, places[kind], kind).astype(np.float64)
+        expected[name] = Expected(rows, places[kind], bound, kind, output.shape)
     return expected
 
 

@@ -447,8 +447,8 @@ def test_rows_that_make_no_array(exports, what):
         "hidden_states": tokens(2, 2),
         "attention_mask": [[1, 1], [1, 1]],
         "position_ids": [[0, 1], [0, 1]],
-    }
-    says = refusal(decoder.prefill, **inputs | {what: [[1], [1, 1]]})
+    } | {what: [[1], [1, 1]]}
+    says = refusal(decoder.prefill, inputs.pop("hidden_states"), **inputs)
     assert says.startswith(f"{what} must be ")
 
 
@@ -509,7 +509,7 @@ def test_a_provider_nobody_knows(exports):
 
 def test_an_artifact_without_a_cache(artifact_of_block, tmp_path):
     says = refusal(Decoder.open, artifact_of_block.path)
-    assert says.endswith("the graph has no cache; export the block with one")
+    assert says.endswith("the graph has no cache that a Decoder can drive; export it with one")
     assert "does not exist" in refusal(Decoder.open, tmp_path / "nothing")
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
 
-from rope_export import Attention, BadInputError, ExportError, RotaryEmbedding, export, exporter
+from rope_export import Attention, BadInputError, ExportError, RotaryEmbedding, export, tracing
 from rope_export.lowering import rules
 from rope_export.plan import Plan
 from rope_export.reference import attention_truth
@@ -236,7 +236,7 @@ class Doubling(torch.nn.Module):
 def test_ranges_are_checked_against_what_was_asked(dims, says):
     program = torch.export.export(Doubling(), (torch.ones(3, 5),), dynamic_shapes={"x": dims})
     with pytest.raises(ExportError, match=re.escape(says)):
-        exporter.check_ranges(program, {"x": {0: (1, 100), 1: (1, 64)}})
+        tracing.check_ranges(program, {"x": {0: (1, 100), 1: (1, 64)}})
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,11 @@ import onnxruntime
 import pytest
 from onnx import numpy_helper
 
-from rope_export import Attention, Report, export, replay, validate, validator
+from rope_export import Attention, Report, export, replay, validate
 from rope_export.artifact import sha256
 from rope_export.lowering import rules
 from rope_export.plan import Plan
+from rope_export.subjects import block as block_subject
 from rope_export.trial import Progress
 
 DTYPES = ("float32", "float16")
@@ -53,7 +54,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 def truth_worked_out_once() -> Iterator[None]:
     """Of the blocks that stay as they are; what is run and compared stays `validate`."""
     known: dict[tuple[int, Plan], object] = {}
-    make_trials = validator.make_trials
+    make_trials = block_subject.make_trials
 
     def remembered(block: Attention, plan: Plan, progress: Progress) -> object:
         if not hasattr(block, "unchanged"):
@@ -64,7 +65,7 @@ def truth_worked_out_once() -> Iterator[None]:
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(validator, "make_trials", remembered)
+        patch.setattr(block_subject, "make_trials", remembered)
         yield
 
 

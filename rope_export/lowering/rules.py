@@ -178,7 +178,7 @@ def _dtypes(*names: str) -> Callable[[Situation], bool]:
     return lambda s: s.dtype in names
 
 
-_ANY_GRAPH = (
+ANY_GRAPH = (
     Limit(
         "cpu",
         _dtypes("float32", "float16"),
@@ -188,7 +188,7 @@ _ANY_GRAPH = (
 )
 
 _GQA = (
-    *_ANY_GRAPH,
+    *ANY_GRAPH,
     Limit(None, lambda s: s.causal, "GroupQueryAttention is always causal"),
     Limit(
         "cuda",
@@ -248,7 +248,7 @@ _GQA_ROTATES = (
 )
 
 _MHA = (
-    *_ANY_GRAPH,
+    *ANY_GRAPH,
     Limit(
         None,
         lambda s: not s.cache and not s.mask and not s.window,
@@ -271,7 +271,7 @@ _MHA = (
 
 
 _ATTENTION_IN_FLOAT32 = (
-    *_ANY_GRAPH,
+    *ANY_GRAPH,
     Limit(None, lambda s: not s.sinks, "Attention has no sinks"),
 )
 
@@ -310,8 +310,8 @@ ATTENTION = Form("attention", "::Attention", _ROTARY, _ATTENTION, _attention_cop
 ATTENTION_IN_FLOAT32 = Form(
     "attention_in_float32", "::Attention", _ROTARY, _ATTENTION_IN_FLOAT32, _attention_copies
 )
-DECOMPOSED = Form("decomposed", "::Softmax", _ROTARY, _ANY_GRAPH, _primitive_copies)
-PRIMITIVE = Form("primitive", "::Softmax", "::Mul", _ANY_GRAPH, _primitive_copies)
+DECOMPOSED = Form("decomposed", "::Softmax", _ROTARY, ANY_GRAPH, _primitive_copies)
+PRIMITIVE = Form("primitive", "::Softmax", "::Mul", ANY_GRAPH, _primitive_copies)
 
 FORMS: dict[str, tuple[Form, ...]] = {
     "ort": (GQA_ROTATING, GQA, MHA, ATTENTION, ATTENTION_IN_FLOAT32, DECOMPOSED),

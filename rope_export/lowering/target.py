@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -27,6 +28,21 @@ _ATTEND: dict[str, Attend] = {
 }
 
 
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens one attention or rotation is given, as sizes of the trace.
+
+    Attributes:
+        new: new tokens.
+        past: cached ones, or None without a past.
+        total: columns of the mask, or None without one.
+    """
+
+    new: int
+    past: int | None = None
+    total: int | None = None
+
+
 @dataclass
 class Target:
     """An export target and the providers its graph is made for.
@@ -37,6 +53,8 @@ class Target:
         longest: longest sequence served.
         padding: the side on which prompts are padded.
         choices: filled while tracing, one entry for each attention lowered.
+        lengths: likewise, one entry for each attention and each rotation on its own.
+        lacks: likewise, why a provider cannot run what was lowered.
     """
 
     name: str
@@ -44,6 +62,8 @@ class Target:
     longest: int
     padding: str = "right"
     choices: list[rules.Choice] = field(default_factory=list)
+    lengths: list[Lengths] = field(default_factory=list)
+    lacks: dict[str, str] = field(default_factory=dict)
 
     def attend(self, attention: Attention, tokens: Tokens) -> tuple[Tensor, Cache | None]:
         """Emit projections, rotation and attention.
@@ -57,20 +77,30 @@ class Target:
         shifted = isinstance(offset, Tensor) or offset != 0
         implied = tokens.position_ids is None and not shifted
         dtype = str(tokens.hidden_states.dtype).removeprefix("torch.")
-        choice = rules.choose(
-            self.name,
-            rules.situations(
-                attention,
-                self.providers,
-                dtype=dtype,
-                implied_positions=implied,
-                longest=self.longest,
-                cache=tokens.past is not None,
-                mask=tokens.attention_mask is not None,
-                padding=self.padding,
-            ),
+        describe = partial(
+            rules.situations,
+            attention,
+            dtype=dtype,
+            implied_positions=implied,
+            longest=self.longest,
+            cache=tokens.past is not None,
+            mask=tokens.attention_mask is not None,
+            padding=self.padding,
         )
+        choice = rules.choose(self.name, describe(self.providers))
         self.choices.append(choice)
+        for provider in rules.PROVIDERS:
+            broken = rules.broken_limits(choice.form, describe([provider]), to_run=True)
+            if broken:
+                self.lacks.setdefault(provider, broken[0])
+        past, mask = tokens.past, tokens.attention_mask
+        self.lengths.append(
+            Lengths(
+                tokens.hidden_states.shape[1],
+                None if past is None else past[0].shape[2],
+                None if mask is None else mask.shape[1],
+            )
+        )
         # The fused operator counts positions itself.
         if tokens.position_ids is None and attention.rope is not None and choice.form.rotation:
             if tokens.attention_mask is not None:
@@ -86,6 +116,7 @@ class Target:
         self, x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout, seq_dim: int
     ) -> Tensor:
         """Emit the rotation of heads, as `rotation.rotate_sequence` has it."""
+        self.lengths.append(Lengths(x.shape[seq_dim]))
         if self.name == "primitive":  # opset 18 has no operator for it
             return rotate_sequence(x, cos, sin, layout=layout, seq_dim=seq_dim)
         return onnx.rotate(x, cos, sin, layout=layout, seq_dim=seq_dim)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,6 +47,18 @@ class Piece:
     tensors: tuple[str, ...]
     shape: tuple[int, ...]
     make: Callable[[Sequence[Tensor]], Tensor] = lambda found: found[0]
+
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether the parameter is one tensor as it is."""
+        numbers = self.row_numbers()
+        return len(numbers) == 1 and torch.equal(self.make(numbers), numbers[0])
+
+    def row_numbers(self) -> list[Tensor]:
+        """In the place of the tensors, the numbers of their rows, counted through all of them."""
+        count, tail = self.shape[0], [1] * (len(self.shape) - 1)
+        numbers = torch.arange(count * len(self.tensors), device="cpu")
+        return list(numbers.reshape(-1, count, *tail))
 
 
 def load_attention(
@@ -125,6 +137,29 @@ def pieces(layer: Layer, names: Tensors) -> list[Piece]:
                     found.append(Piece(f"{ours}.{leaf}", (f"{theirs}.{leaf}",), shape))
     if layer.sinks:
         found.append(Piece("sinks", (names.sinks,), (layer.num_heads,)))
+    return found
+
+
+def unmade(made: Iterable[Piece], parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors that parameters were made of, by name: `Piece.make` undone.
+
+    Every piece moves whole rows, none of them twice, so numbers of rows say where each came from.
+    """
+    found: dict[str, Tensor] = {}
+    for piece in made:
+        parameter = parameters[piece.parameter]
+        if piece.keeps_rows:
+            found[piece.tensors[0]] = parameter
+            continue
+        count = piece.shape[0]
+        came_from = piece.make(piece.row_numbers()).reshape(-1)
+        rows = parameter.detach().reshape(-1, *piece.shape[1:])
+        for index, name in enumerate(piece.tensors):
+            if name not in found:
+                found[name] = rows.new_empty(piece.shape)
+            chosen = (came_from // count == index).nonzero().reshape(-1)
+            places = (came_from[chosen] % count).to(rows.device)
+            found[name].index_copy_(0, places, rows.index_select(0, chosen.to(rows.device)))
     return found
 
 

@@ -4,8 +4,9 @@
 for and says where its nodes really went.
 """
 
-from rope_export.runtime.decoder import CacheLayout as CacheLayout
 from rope_export.runtime.decoder import Decoder as Decoder
+from rope_export.runtime.layout import CacheLayout as CacheLayout
+from rope_export.runtime.layout import LayerCache as LayerCache
 from rope_export.runtime.providers import ENDPOINTS as ENDPOINTS
 from rope_export.runtime.providers import available_memory as available_memory
 from rope_export.runtime.providers import environment as environment

@@ -1,8 +1,7 @@
-"""`Decoder`: a block with a cache, one batch of sequences at a time."""
+"""`Decoder`: a graph with a cache, one batch of sequences at a time."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,44 +10,21 @@ import numpy.typing as npt
 
 from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
+from rope_export.runtime.layout import CacheLayout
 from rope_export.runtime.providers import first_line, onnxruntime_module
 from rope_export.runtime.session import Session, from_ort, to_ort
 
 Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True)
-class CacheLayout:
-    """How a graph keeps its cache, as ``config.json`` has it.
-
-    Attributes:
-        num_kv_heads: key and value heads.
-        head_dim: width of a key.
-        value_head_dim: width of a value.
-        capacity: longest sequence served.
-        packs_rows: each row's tokens lie from its first slot on, so that past and present can be
-            one buffer; else the present is a new tensor with the columns of the mask.
-        by_rows: several new tokens of a batch with a past are served in one call.
-        padding: the side on which prompts are padded.
-        position_axes: axes of ``position_ids``, 0 when they are implied.
-    """
-
-    num_kv_heads: int
-    head_dim: int
-    value_head_dim: int
-    capacity: int
-    packs_rows: bool
-    by_rows: bool
-    padding: str
-    position_axes: int
-
-
 class Decoder:
-    """Serves an exported block with a cache: prompts in, then token after token.
+    """Serves an exported block or model with a cache: prompts in, then token after token.
 
-    The keys and values stay in onnxruntime: where the graph allows it in one pair of buffers of
-    full length, allocated once and used as past and present at the same time, so that a step
-    copies nothing. Rows of a batch may have different lengths.
+    The tokens are hidden states or ids, whichever the graph takes, and the answer is what it gives
+    for each of them: hidden states or logits. The keys and values stay in onnxruntime: where the
+    graph allows it in one pair of buffers of full length for each layer, allocated once and used as
+    past and present at the same time, so that a step copies nothing. Rows of a batch may have
+    different lengths.
 
     Example:
         >>> decoder = Decoder.open("exported/block", batch=2)  # doctest: +SKIP
@@ -89,9 +65,15 @@ class Decoder:
         self.batch = batch
         self.capacity = capacity
         self._captured = _CapturedStep(self) if cuda_graph else None
-        first = session.raw.get_inputs()[0]
-        self.hidden_size = int(first.shape[2])
-        self.dtype = _dtype(first.type)
+        inputs = {value.name: value for value in session.raw.get_inputs()}
+        outputs = {value.name: value for value in session.raw.get_outputs()}
+        given, answer = inputs[layout.tokens], outputs[layout.output]
+        self.hidden_size = int(given.shape[2]) if len(given.shape) > 2 else None
+        self._width = tuple(int(size) for size in given.shape[2:])
+        self._answer_width = tuple(int(size) for size in answer.shape[2:])
+        self.dtype = _dtype(given.type)
+        self.output_dtype = _dtype(answer.type)
+        self._cache_dtype = _dtype(inputs[next(layout.names())[0]].type)
         self._binding = session.raw.io_binding()
         self._buffers: list[Any] = []
         self.reset()
@@ -119,8 +101,10 @@ class Decoder:
 
         artifact = Artifact.read(Path(folder), verify=True)
         if artifact.cache is None:
-            raise BadInputError(f"{folder}: the graph has no cache; export the block with one")
-        layout = CacheLayout(**artifact.cache)
+            raise BadInputError(
+                f"{folder}: the graph has no cache that a Decoder can drive; export it with one"
+            )
+        layout = artifact.cache
         if cuda_graph:
             _check_capturable(provider, layout)
         options = {"enable_cuda_graph": "1"} if cuda_graph else None
@@ -141,13 +125,13 @@ class Decoder:
             return
         length = self.capacity if self.layout.packs_rows else 0
         self._buffers = [
-            _zeros((self.batch, self.layout.num_kv_heads, length, width), self)
-            for width in (self.layout.head_dim, self.layout.value_head_dim)
+            _zeros((self.batch, heads, length, width), self)
+            for _, _, heads, width in self.layout.names()
         ]
 
     def prefill(
         self,
-        hidden_states: npt.ArrayLike,
+        tokens: npt.ArrayLike,
         *,
         attention_mask: npt.ArrayLike | None = None,
         position_ids: npt.ArrayLike | None = None,
@@ -155,21 +139,22 @@ class Decoder:
         """Add a prompt, or a further chunk of it, to every row.
 
         Args:
-            hidden_states: ``[batch, S, hidden_size]`` in the graph's dtype.
+            tokens: hidden states ``[batch, S, hidden]``, or ids ``[batch, S]`` where the graph
+                takes those.
             attention_mask: ``[batch, S]``, 1 for a token and 0 for padding, which is on the side
                 the graph was exported for; None: all are tokens.
             position_ids: ``[batch, S]`` or ``[axes, batch, S]`` where the graph takes them.
 
         Returns:
-            ``[batch, S, hidden_size]``; unspecified at padding.
+            ``[batch, S, ...]``; unspecified at padding.
 
         Raises:
             BadInputError: a shape, dtype or padding does not fit, or the cache would overflow; the
                 cache is as it was.
             RuntimeError: onnxruntime failed; the cache must be reset.
         """
-        hidden = self._checked_states(hidden_states)
-        length = hidden.shape[1]
+        given = self._checked_tokens(tokens)
+        length = given.shape[1]
         real = np.ones((self.batch, length), dtype=np.int64)
         if attention_mask is not None:
             real = self._checked_mask(_array("attention_mask", attention_mask), length)
@@ -178,51 +163,51 @@ class Decoder:
         one_by_one = self.layout.packs_rows and not self.layout.by_rows and self.batch > 1
         if one_by_one and length > 1 and self._lengths.any():
             parts = [
-                self._run(hidden[:, i : i + 1], real[:, i : i + 1], _columns(ids, i))
+                self._run(given[:, i : i + 1], real[:, i : i + 1], _columns(ids, i))
                 for i in range(length)
             ]
             return np.concatenate(parts, axis=1)
-        return self._run(hidden, real, ids)
+        return self._run(given, real, ids)
 
-    def decode(
-        self, hidden_states: npt.ArrayLike, *, position_ids: npt.ArrayLike | None = None
-    ) -> Array:
+    def decode(self, tokens: npt.ArrayLike, *, position_ids: npt.ArrayLike | None = None) -> Array:
         """Add one token to every row.
 
         Args:
-            hidden_states: ``[batch, 1, hidden_size]`` in the graph's dtype.
+            tokens: hidden states ``[batch, 1, hidden]`` or ids ``[batch, 1]``.
             position_ids: ``[batch, 1]`` or ``[axes, batch, 1]`` where the graph takes them.
 
         Returns:
-            ``[batch, 1, hidden_size]``.
+            ``[batch, 1, ...]``.
 
         Raises:
             BadInputError: a shape or dtype does not fit, or the cache is full; the cache is as it
                 was.
             RuntimeError: onnxruntime failed; the cache must be reset.
         """
-        hidden = self._checked_states(hidden_states)
-        if hidden.shape[1] != 1:
+        given = self._checked_tokens(tokens)
+        if given.shape[1] != 1:
             raise BadInputError(
-                f"decode takes one token for each row, [{self.batch}, 1, {self.hidden_size}]; got "
-                f"{list(hidden.shape)} (prefill takes several)"
+                f"decode takes one token for each row, {[self.batch, 1, *self._width]}; got "
+                f"{list(given.shape)} (prefill takes several)"
             )
         ids = self._checked_positions(position_ids, 1)
         self._check_room(1)
         real = np.ones((self.batch, 1), dtype=np.int64)
         if self._captured is not None and self._lengths.any():
-            output = self._captured.run(hidden, ids)
+            output = self._captured.run(given, ids)
             self._lengths = self._lengths + 1
             return output
-        return self._run(hidden, real, ids)
+        return self._run(given, real, ids)
 
-    def _run(self, hidden: Array, real: Array, ids: Array | None) -> Array:
+    def _run(self, tokens: Array, real: Array, ids: Array | None) -> Array:
         earlier = self._mask
         if self.layout.packs_rows:
             widest = int(self._lengths.max())
             earlier = (np.arange(widest) < self._lengths[:, None]).astype(np.int64)
         mask = np.concatenate((earlier, real), axis=1)
-        inputs = {"hidden_states": hidden, "attention_mask": mask}
+        inputs = {self.layout.tokens: tokens}
+        if self.layout.mask:
+            inputs["attention_mask"] = mask
         if ids is not None:
             inputs["position_ids"] = ids
         binding = self._binding
@@ -230,13 +215,13 @@ class Decoder:
             kept = [to_ort(array) for array in inputs.values()]
             for name, value in zip(inputs, kept, strict=True):
                 binding.bind_ortvalue_input(name, value)
-            binding.bind_output("output", "cpu")
-            for name, value in zip(("key", "value"), self._buffers, strict=True):
-                binding.bind_ortvalue_input(f"past_{name}", value)
+            binding.bind_output(self.layout.output, "cpu")
+            for (past, present, *_), value in zip(self.layout.names(), self._buffers, strict=True):
+                binding.bind_ortvalue_input(past, value)
                 if self.layout.packs_rows:
-                    binding.bind_ortvalue_output(f"present_{name}", value)
+                    binding.bind_ortvalue_output(present, value)
                 else:
-                    binding.bind_output(f"present_{name}", self.session.provider)
+                    binding.bind_output(present, self.session.provider)
             self.session.raw.run_with_iobinding(binding, self._run_options())
             output, *present = binding.get_outputs()
             answer = from_ort(output)
@@ -263,22 +248,29 @@ class Decoder:
                 "do not fit; reset() it, or open it with a larger capacity"
             )
 
-    def _checked_states(self, hidden_states: npt.ArrayLike) -> Array:
-        hidden = _array("hidden_states", hidden_states)
-        wanted = (self.batch, hidden.shape[1] if hidden.ndim == 3 else 0, self.hidden_size)
-        if hidden.ndim != 3 or hidden.shape != wanted or hidden.shape[1] < 1:
+    def _checked_tokens(self, tokens: npt.ArrayLike) -> Array:
+        name = self.layout.tokens
+        given = _array(name, tokens)
+        shown = ", ".join(str(size) for size in (self.batch, "S", *self._width))
+        wanted = (self.batch, given.shape[1] if given.ndim > 1 else 0, *self._width)
+        if given.shape != wanted or given.shape[1] < 1:
             raise BadInputError(
-                f"hidden_states must be [{self.batch}, S, {self.hidden_size}] with at least one "
-                f"token, got {list(hidden.shape)}"
+                f"{name} must be [{shown}] with at least one token, got {list(given.shape)}"
             )
-        if hidden.dtype != self.dtype:
+        if given.dtype.kind in "iu" and self.dtype.kind == "i":
+            given = given.astype(self.dtype)
+        if given.dtype != self.dtype:
             raise BadInputError(
-                f"hidden_states must be {self.dtype.name} as the graph is, got {hidden.dtype}"
+                f"{name} must be {self.dtype.name} as the graph is, got {given.dtype}"
             )
-        return hidden
+        return given
 
     def _checked_mask(self, mask: Array, length: int) -> Array:
         wanted = f"attention_mask must be [{self.batch}, {length}] of 0 and 1"
+        if not self.layout.ragged and not mask.all():
+            raise BadInputError(
+                "attention_mask must be all ones: this graph serves rows of one length only"
+            )
         if mask.shape != (self.batch, length):
             raise BadInputError(f"{wanted}, got {list(mask.shape)}")
         other = mask[~np.isin(mask, (0, 1))]
@@ -325,12 +317,12 @@ class _CapturedStep:
         self._output: Any = None
         self._binding: Any = None
 
-    def run(self, hidden: Array, ids: Array | None) -> Array:
+    def run(self, tokens: Array, ids: Array | None) -> Array:
         decoder = self._decoder
         column = np.arange(decoder.capacity)
         mask = (column < decoder._lengths[:, None]).astype(np.int64)
         mask[:, -1] = 1
-        arrays = {"hidden_states": hidden, "attention_mask": mask}
+        arrays = {decoder.layout.tokens: tokens, "attention_mask": mask}
         if ids is not None:
             arrays["position_ids"] = ids
         try:
@@ -354,12 +346,15 @@ class _CapturedStep:
             value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
             self._inputs[name] = value
             binding.bind_ortvalue_input(name, value)
-        for name, value in zip(("key", "value"), decoder._buffers, strict=True):
-            binding.bind_ortvalue_input(f"past_{name}", value)
-            binding.bind_ortvalue_output(f"present_{name}", value)
-        shape = (decoder.batch, 1, decoder.hidden_size)
-        self._output = ort.OrtValue.ortvalue_from_shape_and_type(shape, decoder.dtype, "cuda", 0)
-        binding.bind_ortvalue_output("output", self._output)
+        for (past, present, *_), value in zip(
+            decoder.layout.names(), decoder._buffers, strict=True
+        ):
+            binding.bind_ortvalue_input(past, value)
+            binding.bind_ortvalue_output(present, value)
+        shape = (decoder.batch, 1, *decoder._answer_width)
+        dtype = decoder.output_dtype
+        self._output = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
+        binding.bind_ortvalue_output(decoder.layout.output, self._output)
         self._binding = binding
 
 
@@ -376,7 +371,14 @@ def _dtype(name: str) -> np.dtype[Any]:
 
         wide: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
         return wide
-    return np.dtype({"tensor(float)": np.float32, "tensor(float16)": np.float16}[name])
+    return np.dtype(
+        {
+            "tensor(float)": np.float32,
+            "tensor(float16)": np.float16,
+            "tensor(int64)": np.int64,
+            "tensor(int32)": np.int32,
+        }[name]
+    )
 
 
 def _check_capturable(provider: str, layout: CacheLayout) -> None:
@@ -392,7 +394,7 @@ def _check_capturable(provider: str, layout: CacheLayout) -> None:
 
 
 def _zeros(shape: tuple[int, ...], decoder: Decoder) -> Any:
-    return _on_device(np.zeros(shape, dtype=decoder.dtype), decoder.session.provider)
+    return _on_device(np.zeros(shape, dtype=decoder._cache_dtype), decoder.session.provider)
 
 
 def _on_device(array: Array, provider: str) -> Any:

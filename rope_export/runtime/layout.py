@@ -1,0 +1,97 @@
+"""`CacheLayout`: how a graph keeps its keys and values, as ``config.json`` has it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+PADDINGS = ("right", "left")
+KINDS = ("key", "value")
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer.
+
+    Attributes:
+        num_kv_heads: key and value heads.
+        head_dim: width of a key.
+        value_head_dim: width of a value.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    value_head_dim: int
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How a graph keeps its cache, and how it is called.
+
+    Attributes:
+        layers: keys and values of each layer.
+        capacity: longest sequence served.
+        packs_rows: each row's tokens lie from its first slot on, so that past and present can be
+            one buffer; else the present is a new tensor with the columns of the mask.
+        by_rows: several new tokens of a batch with a past are served in one call.
+        padding: the side on which prompts are padded.
+        position_axes: axes of ``position_ids``, 0 when they are implied.
+        tokens: the input that holds new tokens.
+        output: the output that belongs to them.
+        past: names of the inputs, with ``{layer}`` and ``{kind}`` (key or value) to be filled in.
+        present: names of the outputs, likewise.
+        mask: whether ``attention_mask`` is an input.
+        ragged: whether rows may be padded and differ in length.
+    """
+
+    layers: tuple[LayerCache, ...]
+    capacity: int
+    packs_rows: bool
+    by_rows: bool
+    padding: str
+    position_axes: int
+    tokens: str = "hidden_states"
+    output: str = "output"
+    past: str = "past_{kind}"
+    present: str = "present_{kind}"
+    mask: bool = True
+    ragged: bool = True
+
+    def names(self) -> Iterator[tuple[str, str, int, int]]:
+        """Input, output, heads and width of every past and present tensor, in the graph's order."""
+        for index, layer in enumerate(self.layers):
+            for kind, width in zip(KINDS, (layer.head_dim, layer.value_head_dim), strict=True):
+                past = self.past.format(layer=index, kind=kind)
+                present = self.present.format(layer=index, kind=kind)
+                yield past, present, layer.num_kv_heads, width
+
+    @classmethod
+    def from_json(cls, content: Any) -> CacheLayout:
+        """Read it back from ``config.json``.
+
+        Raises:
+            KeyError, TypeError, ValueError: something in it is not as `export` writes it.
+        """
+        wanted = {field.name for field in fields(cls)}
+        if not isinstance(content, dict) or set(content) != wanted:
+            raise ValueError("'cache' must describe how the graph keeps its cache")
+        layers = tuple(LayerCache(**layer) for layer in content["layers"])
+        if not layers:
+            raise ValueError("the cache has no layers")
+        numbers = [entry for layer in layers for entry in asdict(layer).items()]
+        numbers += [(name, content[name]) for name in ("capacity", "position_axes")]
+        for name, value in numbers:
+            if type(value) is not int or value < (0 if name == "position_axes" else 1):
+                raise ValueError(f"{name!r} of the cache is {value!r}")
+        for name in ("packs_rows", "by_rows", "mask", "ragged"):
+            if type(content[name]) is not bool:
+                raise TypeError(f"{name!r} of the cache is {content[name]!r}, not bool")
+        for name in ("tokens", "output", "past", "present"):
+            if type(content[name]) is not str:
+                raise TypeError(f"{name!r} of the cache is {content[name]!r}, not str")
+        for name in ("past", "present"):
+            content[name].format(layer=0, kind="key")
+        if content["padding"] not in PADDINGS:
+            raise ValueError(f"padding of the cache is {content['padding']!r}")
+        return cls(**content | {"layers": layers})

@@ -1,0 +1,1 @@
+"""What can be exported: an attention block, or any module."""
