@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,16 @@ import click
 from click.core import ParameterSource
 
 from . import show
-from .options import JsonObject, json_option, provider_option
+from .options import (
+    PROVIDERS_OF_AN_EXPORT,
+    JsonObject,
+    json_option,
+    no_validate_option,
+    provider_option,
+    seed_option,
+    speaking_of_options,
+    target_option,
+)
 
 # How the library's parameters are called here; error messages are translated with it.
 PARAMETERS = {
@@ -203,23 +210,14 @@ Examples:
     help="Take positions as an input [batch, sequence] instead of 0, 1, 2, …; [axes, batch, "
     "sequence] with mrope and axial.",
 )
-@click.option(
-    "--target",
-    type=click.Choice(["ort", "onnx", "primitive"]),
-    default="ort",
-    show_default=True,
-    help="Operators: onnxruntime's fused ones, standard ONNX opset 23, or opset 18 arithmetic.",
-)
+@target_option()
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     default=None,
     help="Weights and activations.  [default: float32, or as the checkpoint has them]",
 )
-@provider_option(
-    "Make the graph for this provider and prove it there; repeatable.  [default: cpu, and proven "
-    "on CUDA too where it loads and has the operators]"
-)
+@provider_option(PROVIDERS_OF_AN_EXPORT)
 @click.option("--static", is_flag=True, help="One batch and length instead of dynamic ones.")
 @click.option(
     "--batch",
@@ -227,13 +225,7 @@ Examples:
     default=None,
     help="Rows of a static graph.  [default: 1]",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**63 - 1),
-    default=0,
-    show_default=True,
-    help="Random weights and inputs.",
-)
+@seed_option("Random weights and inputs.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -241,9 +233,10 @@ Examples:
     help="Artifact folder; an earlier artifact there is replaced.  [default: exported/block, or "
     "exported/NAME-layer-N of a checkpoint]",
 )
-@click.option("--no-validate", is_flag=True, help="Export without running the graph.")
+@no_validate_option()
 @json_option()
 @click.pass_context
+@speaking_of_options(PARAMETERS)
 def block(
     context: click.Context,
     *,
@@ -320,7 +313,7 @@ def block(
         attention = Attention.from_checkpoint(
             checkpoint, found.index, family=family, dtype=dtype, max_seq_len=seq
         )
-        origin = f"{checkpoint}, {found.summary()}"
+        origin = f"{'checkpoint':<12} {checkpoint}, {found.summary()}"
         shape = {
             "checkpoint": checkpoint.resolve().name,
             "layer": found.index,
@@ -382,11 +375,7 @@ def block(
         },
         progress=steps,
     )
-    report = result.report
-    replayable = any(out.glob("test_data_set_*"))
-    then = f"rope-export validate {shlex.quote(str(out))}  (on the machine it is deployed to)"
-    show.show(report, out, as_json=as_json, origin=origin, then=then if replayable else "")
-    sys.exit(0 if no_validate or report.passed else 1)
+    show.finish(result.report, out, as_json=as_json, origin=origin)
 
 
 def _check_source(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 
@@ -13,9 +12,10 @@ import rope_export
 from rope_export.errors import BadInputError, ExportError, ProviderUnavailableError
 
 from . import show
-from .block import PARAMETERS, block
+from .block import block
 from .inspect import inspect
 from .interrupts import MESSAGE, StoppedError, clean_interrupts
+from .module import module
 from .validate import validate
 
 _BAD_INPUT, _UNAVAILABLE, _FAILED = 2, 3, 1
@@ -34,6 +34,7 @@ def main() -> None:
 
 main.add_command(block)
 main.add_command(inspect)
+main.add_command(module)
 main.add_command(validate)
 
 
@@ -68,7 +69,7 @@ def run(arguments: list[str] | None = None) -> None:
         _say(str(error))
         code = _FAILED
     except BadInputError as error:
-        _say(_in_options(str(error)))
+        _say(str(error))
         code = _BAD_INPUT
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
@@ -79,10 +80,3 @@ def run(arguments: list[str] | None = None) -> None:
 
 def _say(message: str) -> None:
     click.echo(f"rope-export: error: {' '.join(message.split())}", err=True)
-
-
-def _in_options(message: str) -> str:
-    """Speak of options where the library speaks of parameters."""
-    for parameter, option in PARAMETERS.items():
-        message = re.sub(rf"(?<![\w.'-]){parameter}(?![\w.'=-])", option, message)
-    return message

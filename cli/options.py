@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+from rope_export.errors import BadInputError
 
 if TYPE_CHECKING:
     _JsonType = click.ParamType[dict[str, Any]]
@@ -43,6 +47,29 @@ class JsonObject(_JsonType):
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def speaking_of_options(names: dict[str, str]) -> Callable[[F], F]:
+    """Let a command's errors speak of options where the library speaks of parameters.
+
+    Args:
+        names: options by parameter.
+    """
+
+    def decorated(command: F) -> F:
+        @functools.wraps(command)
+        def spoken(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return command(*args, **kwargs)
+            except BadInputError as error:
+                message = str(error)
+                for name, option in names.items():
+                    message = re.sub(rf"(?<![\w.'-]){name}(?![\w.'=-])", option, message)
+                raise BadInputError(message) from error
+
+        return spoken  # type: ignore[return-value]
+
+    return decorated
+
+
 def provider_option(help_text: str) -> Callable[[F], F]:
     """``--provider``, repeatable."""
     return click.option(
@@ -59,3 +86,36 @@ def json_option() -> Callable[[F], F]:
     return click.option(
         "--json", "as_json", is_flag=True, help="Print the report as one JSON document on stdout."
     )
+
+
+def target_option() -> Callable[[F], F]:
+    """``--target``."""
+    return click.option(
+        "--target",
+        type=click.Choice(["ort", "onnx", "primitive"]),
+        default="ort",
+        show_default=True,
+        help="Operators: onnxruntime's fused ones, standard ONNX opset 23, or opset 18 arithmetic.",
+    )
+
+
+def seed_option(of_what: str) -> Callable[[F], F]:
+    """``--seed``."""
+    return click.option(
+        "--seed",
+        type=click.IntRange(0, 2**63 - 1),
+        default=0,
+        show_default=True,
+        help=of_what,
+    )
+
+
+def no_validate_option() -> Callable[[F], F]:
+    """``--no-validate``."""
+    return click.option("--no-validate", is_flag=True, help="Export without running the graph.")
+
+
+PROVIDERS_OF_AN_EXPORT = (
+    "Make the graph for this provider and prove it there; repeatable.  [default: cpu, and proven "
+    "on CUDA too where it loads and has the operators]"
+)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -45,7 +46,7 @@ def show(report: Report, path: Path, *, as_json: bool, origin: str = "", then: s
             print_json(report, path)
         else:
             if origin:
-                click.echo(f"{'checkpoint':<12} {origin}")
+                click.echo(origin)
             print_report(report, path)
             if then and report.passed:
                 click.echo(f"next: {then}")
@@ -54,6 +55,14 @@ def show(report: Report, path: Path, *, as_json: bool, origin: str = "", then: s
         raise ReaderGoneError from error
     except OSError as error:
         raise OutputError(f"stdout: {error.strerror}; the artifact is at {path}") from error
+
+
+def finish(report: Report, out: Path, *, as_json: bool, origin: str = "") -> NoReturn:
+    """Print the report of an export and what to do next, and leave with the exit code."""
+    replayable = any(out.glob("test_data_set_*"))
+    then = f"rope-export validate {shlex.quote(str(out))}  (on the machine it is deployed to)"
+    show(report, out, as_json=as_json, origin=origin, then=then if replayable else "")
+    sys.exit(0 if not report.validated or report.passed else 1)
 
 
 def print_json(report: Report, path: Path) -> None:
@@ -122,7 +131,7 @@ def _verdict(report: Report) -> str:
             f"PASSED: {len(report.cases)} comparisons with float64 truth and eager PyTorch "
             f"on {' and '.join(ran)}"
         )
-    return "FAILED: the graph does not agree with the PyTorch block it was exported from"
+    return "FAILED: the graph does not agree with the PyTorch module it was exported from"
 
 
 def _operators(ops: dict[str, int]) -> str:

@@ -1,0 +1,204 @@
+"""``rope-export module``: export a module of the user's own, then prove it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rope_export.errors import BadInputError
+
+from . import show
+from .options import (
+    PROVIDERS_OF_AN_EXPORT,
+    json_option,
+    no_validate_option,
+    provider_option,
+    seed_option,
+    speaking_of_options,
+    target_option,
+)
+
+_OPTIONS = {
+    "dynamic_shapes must": "--dynamic must",
+    "dynamic_shapes of": "--dynamic of",
+    "max_seq_len": "--seq",
+}
+
+
+@click.command(
+    epilog="""\b
+FACTORY is a function without arguments that returns the module and example inputs:
+  def factory():
+      model = LanguageModel(); model.load_state_dict(torch.load("model.pt"))
+      return model, {"input_ids": torch.randint(0, 50, (2, 16))}
+Examples:
+  rope-export module train.py:factory --dynamic input_ids:0=batch --dynamic input_ids:1=sequence
+  rope-export module models.lm:factory --range sequence=1:4096 --target onnx --json"""
+)
+@click.argument("factory", metavar="FILE.py:FACTORY")
+@click.option(
+    "--dynamic",
+    multiple=True,
+    metavar="NAME:AXIS=LABEL",
+    help="Let an axis of an input vary; repeatable. A label is a name, or a sum of names such as "
+    "past_sequence+sequence. The name of a nested argument stands for all of its tensors.",
+)
+@click.option(
+    "--range",
+    "ranges",
+    multiple=True,
+    metavar="LABEL=MIN:MAX",
+    help="Sizes of a label that are served and proven; either may be left out. Repeatable.",
+)
+@click.option(
+    "--seq",
+    type=click.IntRange(1, 2**24),
+    default=None,
+    help="Longest sequence served, cache included.  [default: the shortest table of a "
+    "RotaryEmbedding inside, else the largest --range, or 4096]",
+)
+@click.option(
+    "--padding",
+    type=click.Choice(["right", "left"]),
+    default="right",
+    show_default=True,
+    help="The side on which an input named attention_mask pads prompts.",
+)
+@target_option()
+@provider_option(PROVIDERS_OF_AN_EXPORT)
+@seed_option("Random inputs of the proof.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Artifact folder; an earlier artifact there is replaced.  [default: exported/ and the "
+    "name of the factory's file or module]",
+)
+@no_validate_option()
+@json_option()
+@speaking_of_options(_OPTIONS)
+def module(
+    *,
+    factory: str,
+    dynamic: tuple[str, ...],
+    ranges: tuple[str, ...],
+    seq: int | None,
+    padding: str,
+    target: str,
+    providers: tuple[str, ...],
+    seed: int,
+    out: Path | None,
+    no_validate: bool,
+    as_json: bool,
+) -> None:
+    """Export any PyTorch module to ONNX and prove it equal to PyTorch.
+
+    Every RotaryEmbedding and Attention of rope-export inside it lowers to the operators of the
+    target; everything else as torch.onnx.export does it. The file is run as it stands, and what it
+    prints goes to stderr.
+    """
+    labels = [_label(text) for text in dynamic]
+    bounds = dict(_bounds(text) for text in ranges)
+    steps = show.Steps()
+    if not no_validate:
+        from rope_export import runtime
+
+        for provider in providers:
+            runtime.require(provider)
+    steps("loading PyTorch")
+    from rope_export import artifact
+    from rope_export.exporter import export
+
+    from .factory import request_of, spoken_apart
+
+    if out is None:
+        out = Path("exported") / Path(factory.rpartition(":")[0]).stem.rpartition(".")[2]
+    artifact.check_destination(out)
+    with spoken_apart():
+        steps(f"running {factory}")
+        request = request_of(factory)
+        if labels and request.get("dynamic_shapes"):
+            raise click.UsageError(
+                f"--dynamic {dynamic[0]} and the dynamic shapes that {factory} returns: give one"
+            )
+        if labels:
+            request["dynamic_shapes"] = _shapes(labels, bounds)
+        elif bounds:
+            raise click.UsageError(f"--range {ranges[0]} is of a label: give --dynamic too")
+        result = export(
+            request.pop("module"),
+            out,
+            **request,
+            target=target,
+            providers=providers or ("cpu",),
+            max_seq_len=seq,
+            padding=padding,
+            seed=seed,
+            validate=not no_validate,
+            validate_on=providers,
+            options={
+                "factory": _without_folders(factory),
+                "dynamic": list(dynamic),
+                "ranges": list(ranges),
+                "max_seq_len": seq,
+                "padding": padding,
+                "target": target,
+                "providers": list(providers),
+                "seed": seed,
+                "validate": not no_validate,
+            },
+            progress=steps,
+        )
+    show.finish(result.report, out, as_json=as_json)
+
+
+def _label(text: str) -> tuple[str, int, str]:
+    """``NAME:AXIS=LABEL``."""
+    found = re.fullmatch(r"([^:=]+):(-?\d+)=(.+)", text)
+    if found is None:
+        raise click.UsageError(
+            f"--dynamic {text}: must be NAME:AXIS=LABEL, such as input_ids:1=sequence"
+        )
+    return found[1], int(found[2]), found[3]
+
+
+def _bounds(text: str) -> tuple[str, tuple[int | None, int | None]]:
+    """``LABEL=MIN:MAX``."""
+    found = re.fullmatch(r"([^=]+)=(\d*):(\d*)", text)
+    if found is None or not (found[2] or found[3]):
+        raise click.UsageError(f"--range {text}: must be LABEL=MIN:MAX, such as sequence=1:4096")
+    low, high = (int(part) if part else None for part in (found[2], found[3]))
+    if low is not None and high is not None and high < low:
+        raise click.UsageError(f"--range {text}: MAX must be at least MIN")
+    return found[1], (low, high)
+
+
+def _shapes(
+    labels: list[tuple[str, int, str]], bounds: dict[str, tuple[int | None, int | None]]
+) -> dict[str, dict[int, Any]]:
+    from torch.export import Dim
+
+    shapes: dict[str, dict[int, Any]] = {}
+    known = {label for _, _, label in labels}
+    for label in bounds:
+        if label not in known:
+            raise BadInputError(
+                f"--range must be of a label of --dynamic ({', '.join(sorted(known))}), got "
+                f"{label!r}"
+            )
+    for name, axis, label in labels:
+        given: Any = label
+        if label in bounds:
+            low, high = bounds[label]
+            given = Dim(label, min=low, max=high)
+        shapes.setdefault(name, {})[axis] = given
+    return shapes
+
+
+def _without_folders(factory: str) -> str:
+    """What was run, without the folders of this machine."""
+    where, _, name = factory.rpartition(":")
+    return f"{Path(where).name}:{name}"
