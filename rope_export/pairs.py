@@ -18,6 +18,8 @@ _NARROW = (torch.float16, torch.bfloat16)
 # Elements turned at a time in eager PyTorch: temporaries of 8 MiB, whose memory the allocator
 # keeps instead of returning its pages to the system and zeroing new ones.
 _BLOCK = 1 << 22
+# Elements up to which plain arithmetic is faster than an autograd function of its own: measured.
+_SMALL = 1 << 16
 
 
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout) -> Tensor:
@@ -43,6 +45,8 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout) -> Tens
         return _arithmetic(x, cos, sin, layout)
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         turned: Tensor = _in_graph(x, cos, sin, layout)
+    elif x.numel() <= _SMALL and not (x.requires_grad and torch.is_grad_enabled()):
+        turned = _arithmetic(x, cos, sin, layout)  # decoding: calls cost more than memory
     else:
         turned = _Eager.apply(x, cos, sin, layout)  # type: ignore[no-untyped-call]
     return turned
