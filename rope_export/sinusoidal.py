@@ -100,18 +100,21 @@ class SinusoidalPositionalEncoding(nn.Module):
         # Computed in float32, 100 000 rows err by 0.007; in bfloat16, any are rounded by 0.002.
         return bool(((rows - self._rows(length)).abs() < 0.01).all())
 
-    def forward(self, x: Tensor, *, offset: int | Tensor = 0) -> Tensor:
-        """Add the encoding of positions ``offset … offset + S - 1``.
+    def forward(
+        self, x: Tensor, *, offset: int | Tensor = 0, position_ids: Tensor | None = None
+    ) -> Tensor:
+        """Add the encoding of positions ``offset … offset + S - 1``, or of given ones.
 
         The sum is made in float32 (float64 input: float64) and rounded once.
 
         Args:
             x: ``[..., S, d_model]``, floating point, batch first.
             offset: position of the first token, as an int or a 0-d integer tensor.
+            position_ids: ``[S]`` or ``[B, S]`` integers, instead.
 
         Returns:
-            the sum after dropout, same shape and dtype. Where an offset is known only to an
-            accelerator or a graph, nothing can raise: rows of positions out of range are NaN.
+            the sum after dropout, same shape and dtype. Where positions are known only to
+            an accelerator or a graph, nothing can raise: rows of positions out of range are NaN.
 
         Raises:
             BadInputError: a shape, dtype or position does not fit.
@@ -121,14 +124,22 @@ class SinusoidalPositionalEncoding(nn.Module):
                 f"x must be floating point [..., S, {self.d_model}], "
                 f"got {x.dtype} of shape {tuple(x.shape)}"
             )
-        length, first = x.shape[-2], _known(offset)
-        if first < 0 or first + length > self.max_len:
-            got = f"{int(first)} … {first + length - 1}"  # int: Dynamo formats no bare symbol
+        length = x.shape[-2]
+        if position_ids is None:
+            first = _known(offset)
+            last = first + length - 1
+        else:
+            _check_ids(position_ids, x)
+            first, last = _known_range(position_ids)
+        if first < 0 or last >= self.max_len:
+            got = f"{int(first)} … {last}"  # int: Dynamo formats no bare symbol
             raise BadInputError(
                 f"positions must lie in 0 … {self.max_len - 1}, got {got}; raise max_len"
             )
-        if isinstance(offset, Tensor):
-            positions = torch.arange(length, device=self.encoding.device) + offset
+        if position_ids is not None or isinstance(offset, Tensor):
+            positions = position_ids
+            if positions is None:
+                positions = torch.arange(length, device=self.encoding.device) + offset
             served = positions.clamp(0, self.max_len - 1)
             rows = F.embedding(served, self.encoding)
             rows = torch.where((served == positions).unsqueeze(-1), rows, math.nan)
@@ -145,6 +156,23 @@ def _known(offset: int | Tensor) -> int:
         return offset
     on_host = type(offset) is Tensor and offset.device.type == "cpu"  # not a fake one
     return int(offset) if on_host and not torch.compiler.is_compiling() else 0
+
+
+def _check_ids(position_ids: Tensor, x: Tensor) -> None:
+    wanted = [(x.shape[-2],), (*x.shape[:-2], x.shape[-2])]
+    if position_ids.is_floating_point() or tuple(position_ids.shape) not in wanted:
+        raise BadInputError(
+            f"position_ids must be integers {' or '.join(str(list(w)) for w in wanted)}, got "
+            f"{position_ids.dtype} of shape {tuple(position_ids.shape)}"
+        )
+
+
+def _known_range(position_ids: Tensor) -> tuple[int, int]:
+    """The least and the largest position, if they can be read here, else 0 and 0."""
+    on_host = type(position_ids) is Tensor and position_ids.device.type == "cpu"
+    if torch.compiler.is_compiling() or not on_host or not position_ids.numel():
+        return 0, 0
+    return int(position_ids.min()), int(position_ids.max())
 
 
 class TokenEmbedding(nn.Module):
