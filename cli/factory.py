@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -13,6 +15,7 @@ from typing import Any
 
 from rope_export.errors import BadInputError, RopeExportError
 
+_STDOUT, _STDERR = 1, 2
 _KEYS = ("module", "args", "kwargs", "dynamic_shapes", "inputs", "output_names")
 _WANTED = (
     "(module, example inputs), (module, example inputs, dynamic shapes), or a mapping with "
@@ -22,9 +25,22 @@ _WANTED = (
 
 @contextmanager
 def spoken_apart() -> Iterator[None]:
-    """Send what the user's code prints to stderr: stdout is for the result."""
-    with redirect_stdout(sys.stderr):
-        yield
+    """Send what the user's code, and what that runs, prints to stderr: stdout is for the result."""
+    sys.stdout.flush()
+    try:
+        kept = os.dup(_STDOUT)
+        os.dup2(_STDERR, _STDOUT)
+    except OSError:  # one of the two is closed
+        kept = None
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if sys.__stdout__ is not None:
+            sys.__stdout__.flush()
+        if kept is not None:
+            os.dup2(kept, _STDOUT)
+            os.close(kept)
 
 
 def request_of(name: str) -> dict[str, Any]:
@@ -63,12 +79,31 @@ def request_of(name: str) -> dict[str, Any]:
         raise BadInputError(
             f"{name}: must be a function without arguments, got {type(factory).__name__}"
         )
+    _check_no_arguments(name, factory)
     return _request(name, _guarded(name, factory))
+
+
+def name_of(factory: str) -> str:
+    """Of the factory's file or module, without folders, packages and ``.py``."""
+    where = factory.rpartition(":")[0]
+    return Path(where).stem if where.endswith(".py") else where.rpartition(".")[2]
+
+
+def _check_no_arguments(name: str, factory: Any) -> None:
+    try:
+        signature = inspect.signature(factory)
+    except (TypeError, ValueError):  # none is known
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise BadInputError(f"{name}: must be a function without arguments: {error}") from None
 
 
 def _module(where: str, name: str) -> ModuleType:
     path = Path(where)
-    if path.suffix != ".py" and not path.exists():
+    named = all(part.isidentifier() for part in where.split("."))
+    if named and path.suffix != ".py" and not path.is_file():
         sys.path.insert(0, str(Path.cwd()))
         imported: ModuleType = _guarded(name, lambda: importlib.import_module(where))
         return imported

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def module(
     """
     labels = [_label(text) for text in dynamic]
     bounds = dict(_bounds(text) for text in ranges)
+    _check_once("--dynamic", dynamic, [text.partition("=")[0] for text in dynamic])
+    _check_once("--range", ranges, [text.partition("=")[0] for text in ranges])
     steps = show.Steps()
     if not no_validate:
         from rope_export import runtime
@@ -112,10 +115,10 @@ def module(
     from rope_export import artifact
     from rope_export.exporter import export
 
-    from .factory import request_of, spoken_apart
+    from .factory import name_of, request_of, spoken_apart
 
     if out is None:
-        out = Path("exported") / Path(factory.rpartition(":")[0]).stem.rpartition(".")[2]
+        out = Path("exported") / name_of(factory)
     artifact.check_destination(out)
     with spoken_apart():
         steps(f"running {factory}")
@@ -128,31 +131,40 @@ def module(
             request["dynamic_shapes"] = _shapes(labels, bounds)
         elif bounds:
             raise click.UsageError(f"--range {ranges[0]} is of a label: give --dynamic too")
-        result = export(
-            request.pop("module"),
-            out,
-            **request,
-            target=target,
-            providers=providers or ("cpu",),
-            max_seq_len=seq,
-            padding=padding,
-            seed=seed,
-            validate=not no_validate,
-            validate_on=providers,
-            options={
-                "factory": _without_folders(factory),
-                "dynamic": list(dynamic),
-                "ranges": list(ranges),
-                "max_seq_len": seq,
-                "padding": padding,
-                "target": target,
-                "providers": list(providers),
-                "seed": seed,
-                "validate": not no_validate,
-            },
-            progress=steps,
-        )
+        try:
+            result = export(
+                request.pop("module"),
+                out,
+                **request,
+                target=target,
+                providers=providers or ("cpu",),
+                max_seq_len=seq,
+                padding=padding,
+                seed=seed,
+                validate=not no_validate,
+                validate_on=providers,
+                options={
+                    "factory": _without_folders(factory),
+                    "dynamic": list(dynamic),
+                    "ranges": list(ranges),
+                    "max_seq_len": seq,
+                    "padding": padding,
+                    "target": target,
+                    "providers": list(providers),
+                    "seed": seed,
+                    "validate": not no_validate,
+                },
+                progress=steps,
+            )
+        except SystemExit as error:
+            raise BadInputError(f"{factory}: its module raises SystemExit: {error}") from error
     show.finish(result.report, out, as_json=as_json)
+
+
+def _check_once(option: str, texts: Sequence[str], keys: list[str]) -> None:
+    for index, text in enumerate(texts):
+        if keys[index] in keys[:index]:
+            raise click.UsageError(f"{option} {text}: {keys[index]} is given twice")
 
 
 def _label(text: str) -> tuple[str, int, str]:
@@ -171,8 +183,8 @@ def _bounds(text: str) -> tuple[str, tuple[int | None, int | None]]:
     if found is None or not (found[2] or found[3]):
         raise click.UsageError(f"--range {text}: must be LABEL=MIN:MAX, such as sequence=1:4096")
     low, high = (int(part) if part else None for part in (found[2], found[3]))
-    if low is not None and high is not None and high < low:
-        raise click.UsageError(f"--range {text}: MAX must be at least MIN")
+    if high is not None and high <= (low or 0):
+        raise click.UsageError(f"--range {text}: MAX must be over MIN, or leave the axis fixed")
     return found[1], (low, high)
 
 
@@ -184,11 +196,9 @@ def _shapes(
     shapes: dict[str, dict[int, Any]] = {}
     known = {label for _, _, label in labels}
     for label in bounds:
-        if label not in known:
-            raise BadInputError(
-                f"--range must be of a label of --dynamic ({', '.join(sorted(known))}), got "
-                f"{label!r}"
-            )
+        if label not in known or not label.isidentifier():
+            names = ", ".join(sorted(name for name in known if name.isidentifier()))
+            raise BadInputError(f"--range must be of a label of --dynamic ({names}), got {label!r}")
     for name, axis, label in labels:
         given: Any = label
         if label in bounds:

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from rope_export import lowering
+from rope_export.errors import BadInputError
 from rope_export.frequencies import Frequencies
 from rope_export.lowering.tokens import Tokens
 from rope_export.reference import (
@@ -49,12 +50,17 @@ _MOVES = frozenset({"aten::embedding", "aten::detach", "aten::lift_fresh", "aten
 _MOVING_FUNCTIONS = frozenset({"embedding", "detach", "clone"})
 
 
+Kept = dict[int, tuple[Tensor, Tensor]]
+"""Weights and what they are in float64, by the identity of the weight."""
+
+
 @contextmanager
 def exactly(
     module: nn.Module,
     alter: Callable[[Semantics], Semantics] | None = None,
     *,
     mirrored: bool = False,
+    kept: Kept | None = None,
 ) -> Iterator[None]:
     """Evaluate a module in float64 while the context lasts.
 
@@ -62,13 +68,15 @@ def exactly(
         module: what is evaluated; it is as it was afterwards.
         alter: states a defect of every attention: what it does to its semantics.
         mirrored: states one of every rotation on its own: the wrong direction.
+        kept: holds widened weights from one evaluation to the next; empty at first. None: weights
+            are widened where they are used and dropped again.
     """
     with (
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
         lowering.evaluated_by(Evaluator(alter, mirrored=mirrored)),
         _widened_recurrences(module),
-        _WidenedArguments(),
+        _WidenedArguments(kept),
         _Widened(),  # type: ignore[no-untyped-call]
     ):
         yield
@@ -77,15 +85,19 @@ def exactly(
 class _Widened(TorchDispatchMode):
     """Every operator reads and writes float64 where it would have less."""
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(
         self,
-        func: torch._ops.OpOverload,
+        func: torch._ops.OpOverload | torch._ops.HigherOrderOperator,
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         del types
         given = dict(kwargs or {})
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return self._by_parts(func, args, given)
         schema = func._schema
         if func.is_view or schema.name in _MOVES:
             return func(*args, **given)
@@ -105,9 +117,34 @@ class _Widened(TorchDispatchMode):
         result = func(*wide_args, **wide_kwargs)
         return result if written else tree_map(_widened, result)
 
+    def _by_parts(
+        self, func: torch._ops.HigherOrderOperator, args: tuple[Any, ...], given: dict[str, Any]
+    ) -> Any:
+        """Control flow (cond, while_loop, scan): the operators inside are widened."""
+        run = func.py_kernels.get(torch._C.DispatchKey.CompositeExplicitAutograd)
+        if run is None:
+            raise BadInputError(f"{func.name()} cannot be evaluated in float64")
+
+        def inside(value: Any) -> Any:
+            if isinstance(value, Tensor) or not callable(value):
+                return _widened(value)
+
+            def widened(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return value(*args, **kwargs)
+
+            return widened
+
+        args, given = tree_map(inside, (args, given))
+        return run(*args, **given)
+
 
 class _WidenedArguments(TorchFunctionMode):
     """Functions that compare their arguments' dtypes before any operator runs get them widened."""
+
+    def __init__(self, kept: Kept | None) -> None:
+        super().__init__()
+        self._kept = kept
 
     def __torch_function__(
         self,
@@ -123,8 +160,16 @@ class _WidenedArguments(TorchFunctionMode):
         function = isinstance(func, BuiltinFunctionType | FunctionType) and not of_tensor
         writes = name.endswith("_") or "out" in given
         if function and not writes and name not in _MOVING_FUNCTIONS:
-            args, given = tree_map(_widened, (args, given))
+            args, given = tree_map(self._widened, (args, given))
         return func(*args, **given)
+
+    def _widened(self, value: Any) -> Any:
+        if self._kept is None or not isinstance(value, nn.Parameter):
+            return _widened(value)
+        known = self._kept.get(id(value))
+        if known is None:  # the weight is held too, so that its number stays its own
+            known = self._kept[id(value)] = (value, _widened(value))
+        return known[1]
 
 
 @contextmanager

@@ -8,17 +8,40 @@ from pathlib import Path
 
 import pytest
 
-SAYS = {"export_block.py": "proven on cpu", "decode.py": "eager PyTorch  "}
+SAYS = {
+    "export_block.py": "proven on cpu",
+    "decode.py": "eager PyTorch  ",
+    "train_and_deploy.py": "the same 200 tokens as PyTorch: yes",
+}
+AFTER = {"generate.py": "train_and_deploy.py"}  # takes what another made
+# Enough to see it work; a newcomer leaves these out.
+FEWER = {"train_and_deploy.py": ["--steps=12"], "generate.py": ["import ", "--tokens=20"]}
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda p: p.name)
-def test_example(script, tmp_path):
-    result = subprocess.run(
-        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, check=False
-    )
+def run(script: Path, folder: Path, *more: str) -> str:
+    """Run an example and return what it prints."""
+    command = [sys.executable, str(script), str(folder), *more, *FEWER.get(script.name, [])]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert SAYS[script.name] in result.stdout
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "script", [e for e in EXAMPLES if e.name not in AFTER], ids=lambda p: p.name
+)
+def test_example(script, tmp_path):
+    assert SAYS[script.name] in run(script, tmp_path)
+    for name, before in AFTER.items():
+        if before == script.name:
+            assert run(script.with_name(name), tmp_path).startswith("import ")
+
+
+def test_the_sinusoidal_encoding_deploys_too(tmp_path):
+    script = next(e for e in EXAMPLES if e.name == "train_and_deploy.py")
+    says = run(script, tmp_path, "--positions=sinusoidal", "--target=onnx")
+    assert SAYS[script.name] in says
+    assert "sinusoidal" in says
 
 
 def test_the_page_of_operators_says_what_the_rules_say():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -170,6 +170,11 @@ class Flat(nn.Module):
         self._found.leaves, results = outputs_of(
             result, self.output_names, pair=self.call.takes_pair
         )
+        taken = next((leaf.name for leaf in self.outputs if leaf.name in self.call.names), None)
+        if taken is not None:
+            raise BadInputError(
+                f"output {taken!r} would have the name of an input; give output_names"
+            )
         seen = {id(tensor) for tensor in tensors}
         distinct = []
         for result in results:  # a graph gives each of its results a name of its own
@@ -213,8 +218,9 @@ def outputs_of(
             if part is None:
                 continue
             if not isinstance(part, Tensor):
+                shown = f" {part!r}" if isinstance(part, bool | int | float | str) else ""
                 raise BadInputError(
-                    f"{name} must be a tensor, got {type(part).__name__} {part}: a graph returns "
+                    f"{name} must be a tensor, got {type(part).__name__}{shown}: a graph returns "
                     "nothing else"
                 )
             leaves.append(Leaf(name, entry, _layer(path) if pairs else None))
@@ -236,6 +242,8 @@ def _entries(result: Any) -> list[tuple[str, Any]]:
         return [(str(name), value) for name, value in result.items()]
     if isinstance(result, tuple) and hasattr(result, "_fields"):
         return list(zip(result._fields, result, strict=True))
+    if is_dataclass(result):
+        return [(field.name, getattr(result, field.name)) for field in fields(result)]
     if isinstance(result, list | tuple) and not is_cache(result):
         return [(str(index), value) for index, value in enumerate(result)]
     return [("0", result)]

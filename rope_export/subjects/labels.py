@@ -76,6 +76,7 @@ def size_of(label: str | int, sizes: Mapping[str, int]) -> int:
 
     Raises:
         KeyError: a name has no size.
+        BadInputError: it divides by zero.
     """
     return label if isinstance(label, int) else _value(_parsed(label), sizes)
 
@@ -83,7 +84,12 @@ def size_of(label: str | int, sizes: Mapping[str, int]) -> int:
 def _value(node: ast.expr, sizes: Mapping[str, int]) -> int:
     if isinstance(node, ast.BinOp):
         left, right = _value(node.left, sizes), _value(node.right, sizes)
-        return _OPERATORS[type(node.op)](left, right)
+        try:
+            return _OPERATORS[type(node.op)](left, right)
+        except ZeroDivisionError:
+            raise BadInputError(
+                f"dynamic_shapes must not divide by zero, got {ast.unparse(node)!r}"
+            ) from None
     if isinstance(node, ast.Constant):
         assert isinstance(node.value, int)
         return node.value

@@ -14,7 +14,7 @@ from rope_export.lowering import rules
 from rope_export.lowering.target import Target
 from rope_export.subjects.base import Built, rotation_name
 from rope_export.subjects.call import Flat
-from rope_export.subjects.labels import is_name, size_of
+from rope_export.subjects.labels import size_of
 from rope_export.subjects.module_cases import Cases, run_eagerly
 from rope_export.subjects.request import ModuleRequest
 from rope_export.subjects.signature import Signature, signature_of
@@ -110,19 +110,16 @@ class ModuleSubject:
     def _tensors_to_trace(self) -> list[Tensor]:
         """The example, but for axes of 0 or 1, which would be taken for broadcasting."""
         request = self._request
-        sizes: dict[str, int] = {}
-        for tensor, of_leaf in zip(request.call.tensors, request.axes, strict=True):
-            for axis, asked in of_leaf.items():
-                if is_name(asked.label):
-                    sizes[asked.label] = tensor.shape[axis]
-        example = dict(sizes)
+        example = request.sizes
+        sizes = dict(example)
         for label, size in sizes.items():
             lows = [a.low for _, _, a in request.asked() if a.label == label and a.low is not None]
             sizes[label] = max([size, _LEAST_TRACED, *lows])
         for total, parts in _sums_by_name(example).items():
             sizes[total] = sum(sizes[part] for part in parts)
         if sizes == example:
-            return list(request.call.tensors)
+            # Copies: a tensor that is given twice, or is a weight, would be traced as one.
+            return [tensor.detach().clone() for tensor in request.call.tensors]
         shapes = [
             [
                 size_of(of_leaf[axis].label, sizes) if axis in of_leaf else size
@@ -212,7 +209,7 @@ def _sums_by_name(sizes: dict[str, int]) -> dict[str, tuple[str, str]]:
 def _resized(tensor: Tensor, shape: list[int]) -> Tensor:
     """A tensor of another shape with the values of ``tensor``, repeated; zeros if it has none."""
     if list(tensor.shape) == shape:
-        return tensor
+        return tensor.detach().clone()
     if not tensor.numel():
         return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
     for axis, size in enumerate(shape):

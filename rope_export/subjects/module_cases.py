@@ -17,7 +17,7 @@ from rope_export.attention import Attention
 from rope_export.cases import refuse_foreign, with_widest
 from rope_export.draws import from_numpy, to_numpy
 from rope_export.errors import BadInputError, RopeExportError
-from rope_export.exact import exactly
+from rope_export.exact import Kept, exactly
 from rope_export.lowering import rules
 from rope_export.places import (
     Array,
@@ -41,6 +41,7 @@ from rope_export.trial import Expected, Judged, Progress, Trial, rows_of
 # Beyond so many operations (about a minute of float64 here) a length is not proven.
 _TRUTH_FLOPS = 4e12
 _MEMORY_SHARE = 0.6
+_WEIGHTS_SHARE = 0.3
 _SENSITIVITY_LENGTH = 64
 _BATCH_LABELS = ("batch", "rows")
 
@@ -133,7 +134,7 @@ class Cases:
         left = STORED_BYTES
         not_stored = []
         for index, case in enumerate(planned):
-            shown = ", ".join(f"{label} {size}" for label, size in case.sizes.items())
+            shown = _shown(case.sizes)
             progress(
                 f"float64 truth and eager PyTorch: {case.name}" + (f" ({shown})" if shown else "")
             )
@@ -209,7 +210,7 @@ class Cases:
             name = "longest" if label == new else f"longest {label}"
             planned.append(Sizes(name, sizes(1, 1) | {label: high}))
         planned += self._padded(sizes)
-        if past is not None and new is not None:
+        if past is not None:
             planned += self._after_a_past(sizes)
         distinct = {
             (tuple(case.sizes.items()), case.lengths, case.steps): case
@@ -223,14 +224,16 @@ class Cases:
         return max(low, size if high is None else min(size, high))
 
     def _serves(self, case: Sizes) -> bool:
-        """Whether no sequence is over the longest."""
-        texts = self._signature.lengths
-        return all(size_of(text, case.sizes) <= self._request.longest for text in texts)
+        """Whether no sequence is over the longest, and no axis below nothing."""
+        signature = self._signature
+        fits = all(size_of(text, case.sizes) <= self._request.longest for text in signature.lengths)
+        axes = [axis for of_input in signature.inputs.values() for axis in of_input]
+        return fits and all(size_of(axis, case.sizes) >= 0 for axis in axes)
 
     def _padded(self, sizes: Callable[..., dict[str, int]]) -> list[Sizes]:
         """Rows of different lengths, where there is a mask to say so."""
         signature = self._signature
-        if MASK not in signature.inputs:
+        if not signature.masked or (signature.layers and signature.past is None):
             return []
         chosen = sizes(4, 13)
         length = self._length(chosen)
@@ -247,10 +250,16 @@ class Cases:
         longest = self._request.longest
         ends = self._signature.free[str(self._signature.past)][1]
         longest = min(longest, (longest if ends is None else ends) + 1)
+        new = self._signature.new
+        fewest = new if isinstance(new, int) else 1
         planned = [
             Sizes("decode after one", sizes(2, 1, 1)),
             Sizes("decode", sizes(2, 1, 16)),
-            Sizes("decode at capacity", sizes(1, 1, longest - 1)),
+            Sizes("decode at capacity", sizes(1, 1, max(0, longest - fewest))),
+        ]
+        if self._signature.sequence not in self._signature.free:
+            return planned
+        planned += [
             Sizes("chunk", sizes(1, 5, 9)),
             Sizes("chunk up to capacity", sizes(1, 3, max(0, longest - 3))),
         ]
@@ -320,10 +329,8 @@ class Cases:
 
     def _length(self, sizes: Mapping[str, int]) -> int:
         """New tokens in a row."""
-        signature = self._signature
-        if signature.sequence is not None:
-            return size_of(signature.sequence, sizes)
-        return size_of(signature.inputs[MASK][1], sizes)
+        new = self._signature.new
+        return size_of(self._signature.inputs[MASK][1] if new is None else new, sizes)
 
     # Inputs.
 
@@ -339,8 +346,9 @@ class Cases:
             shape = tuple(size_of(axis, sizes) for axis in axes)
             if leaf.name in given:
                 drawn[leaf.name] = _fitting(leaf.name, given[leaf.name], shape, example)
-            elif leaf.name == MASK:
-                drawn[leaf.name] = self._mask(shape, lengths, example)
+            elif leaf.name == MASK and signature.masked:
+                new = self._length(sizes) if lengths else 0
+                drawn[leaf.name] = self._mask(shape, lengths, new, example)
             else:
                 start = 0
                 if signature.past is not None:
@@ -362,7 +370,13 @@ class Cases:
                     for name, axis, label in request.asked()
                     if label.label == asked.label
                 }
-        got = request.inputs(known, rng)
+        try:
+            got = request.inputs(known, rng)
+        except Exception as error:
+            raise BadInputError(
+                f"inputs must draw inputs of every size: {blamed(error)} raises "
+                f"{type(error).__name__} at {_shown(known)}: {error}"
+            ) from error
         if not isinstance(got, Mapping):
             raise BadInputError(f"inputs must return arguments by name, got {type(got).__name__}")
         arguments = dict(request.call.arguments)
@@ -375,7 +389,9 @@ class Cases:
         found: dict[str, Tensor] = {}
         for name, value in got.items():
             names = [leaf.name for leaf in request.call.leaves if leaf.argument == name]
-            tensors = [t for t in torch.utils._pytree.tree_leaves(value) if isinstance(t, Tensor)]
+            parts = torch.utils._pytree.tree_leaves(value)
+            parts = [from_numpy(p.copy()) if isinstance(p, np.ndarray) else p for p in parts]
+            tensors = [part for part in parts if isinstance(part, Tensor)]
             if len(names) != len(tensors):
                 raise BadInputError(
                     f"inputs must return {name} with {len(names)} tensors, got {len(tensors)}"
@@ -383,10 +399,11 @@ class Cases:
             found |= dict(zip(names, tensors, strict=True))
         return found
 
-    def _mask(self, shape: tuple[int, ...], lengths: tuple[int, ...], example: Tensor) -> Array:
+    def _mask(
+        self, shape: tuple[int, ...], lengths: tuple[int, ...], new: int, example: Tensor
+    ) -> Array:
         mask = np.ones(shape, dtype=np.int64)
         for row, length in enumerate(lengths):
-            new = max(lengths)
             pad = new - length
             if pad and self._request.padding == "left":
                 mask[row, shape[1] - new : shape[1] - length] = 0
@@ -417,7 +434,7 @@ class Cases:
         request = self._request
         wide = [t.double() if t.is_floating_point() else t for t in tensors]
         flat = Flat(request.call, request.output_names)
-        with exactly(request.module, alter, mirrored=mirrored):
+        with exactly(request.module, alter, mirrored=mirrored, kept=self._wide_weights):
             results = flat(*wide)
         return {
             leaf.name: to_numpy(r.detach().cpu().contiguous())
@@ -435,11 +452,11 @@ class Cases:
     def _single(self, case: Sizes, rng: np.random.Generator) -> Trial:
         """One call."""
         inputs = self._draw(case.sizes, rng, case.lengths)
-        where = ", ".join(f"{label} {size}" for label, size in case.sizes.items()) or "its size"
+        where = _shown(case.sizes) or "its size"
         tensors = self._tensors(inputs)
         eager = self._eager(tensors, where)
         truth = self._exact(tensors)
-        mask = inputs.get(MASK)
+        mask = inputs[MASK] if self._signature.masked else None
         expected, outputs = {}, {}
         for name, kind in self._signature.kinds.items():
             at = columns = self._places(kind, mask, case)
@@ -486,6 +503,12 @@ class Cases:
 
     def _judge(self, judged: Judged, truth: Array, eager: Array, dtype: str) -> Expected | None:
         return judged.expected(truth, eager, dtype, self._products, rounding=self._request.dtype)
+
+    @cached_property
+    def _wide_weights(self) -> Kept | None:
+        """Weights in float64 while the proof lasts, where there is memory for them."""
+        size = 8 * sum(p.numel() for p in self._request.module.parameters())
+        return {} if size < _WEIGHTS_SHARE * runtime.available_memory() else None
 
     @cached_property
     def _products(self) -> int:
@@ -580,10 +603,11 @@ class Cases:
                 str(signature.sequence), _SENSITIVITY_LENGTH
             )
         if signature.past in signature.free:
-            sizes[str(signature.past)] = self._within(str(signature.past), 0)
+            before = 0 if signature.sequence in signature.free else _SENSITIVITY_LENGTH
+            sizes[str(signature.past)] = self._within(str(signature.past), before)
         rng = np.random.default_rng([self._request.seed, 1 << 21])
         tensors = self._tensors(self._draw(sizes, rng, ()))
-        length = self._length(sizes) if signature.sequence or MASK in signature.inputs else 0
+        length = self._length(sizes) if signature.sequence or signature.masked else 0
         name = next((n for n, kind in signature.kinds.items() if kind != "cache"), None)
         if name is None:
             return {}
@@ -659,6 +683,10 @@ def run_eagerly(
     return flat.outputs, list(results)
 
 
+def _shown(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{label} {size}" for label, size in sizes.items())
+
+
 def _attentions(module: nn.Module) -> list[Attention]:
     return [part for part in module.modules() if isinstance(part, Attention)]
 
@@ -672,7 +700,7 @@ def _like(example: Tensor, shape: tuple[int, ...], rng: np.random.Generator, sta
         usable = spread > 0 and np.isfinite(spread)
         mean = float(values.mean()) if usable else 0.0
         normal = rng.standard_normal(shape) * (spread if usable else 1.0) + mean
-        return to_numpy(torch.from_numpy(normal).to(sample.dtype))
+        return to_numpy(torch.as_tensor(normal).to(sample.dtype))
     array = to_numpy(sample)
     if _counts(array):
         first = start if start else (int(array.reshape(-1)[0]) if array.size else 0)

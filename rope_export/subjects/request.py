@@ -56,6 +56,7 @@ class ModuleRequest:
     ) -> None:
         self.call = call
         self.axes = [dict(of_leaf) for of_leaf in axes]
+        self.sizes = _sizes_of(call, axes)
         self.inputs = inputs
         self.output_names = None if output_names is None else list(output_names)
         self.target = target
@@ -99,9 +100,14 @@ class ModuleRequest:
             raise BadInputError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
         _check_parts(module)
         call = Call(module, args, kwargs)
-        axes = _asked(call, dynamic_shapes or {})
-        _check_sizes(call, axes)
+        axes = _asked(call, {} if dynamic_shapes is None else dynamic_shapes)
         longest = _longest(module, axes, max_seq_len)
+        if inputs is not None and not callable(inputs):
+            raise BadInputError(
+                f"inputs must be a function that draws inputs, got {type(inputs).__name__}"
+            )
+        if output_names is not None:
+            _check_names(output_names)
         return cls(
             call,
             axes,
@@ -181,6 +187,8 @@ def _check_parts(module: nn.Module) -> None:
     for name, part in module.named_modules():
         if isinstance(part, Attention):
             refuse_what_weights_do_not_say(part, name)
+    if any(p.is_meta for p in module.parameters()):
+        raise BadInputError("weights must be there, got a module on the meta device")
     wrong = {
         str(p.dtype).removeprefix("torch.")
         for p in module.parameters()
@@ -224,6 +232,11 @@ def _asked(call: Call, dynamic_shapes: DynamicShapes) -> list[dict[int, AxisRang
     axes: list[dict[int, AxisRange]] = [{} for _ in call.leaves]
     arguments = list(call.arguments)
     if not isinstance(dynamic_shapes, Mapping):
+        if not isinstance(dynamic_shapes, list | tuple):
+            raise BadInputError(
+                "dynamic_shapes must be a mapping from inputs to axes, got "
+                f"{type(dynamic_shapes).__name__}"
+            )
         if len(dynamic_shapes) > len(arguments):
             raise BadInputError(
                 f"dynamic_shapes must have one entry for each of {', '.join(arguments)}, got "
@@ -255,7 +268,11 @@ def _over(spec: Any, value: Any, name: str) -> Iterator[Any]:
         return
     if not isinstance(value, Mapping | list | tuple):
         return
+    nested = isinstance(spec, Mapping) and any(
+        isinstance(part, Mapping | list | tuple) for part in spec.values()
+    )
     of_axes = isinstance(spec, Mapping) and all(isinstance(key, int) for key in spec)
+    of_axes = of_axes and not nested
     keys = list(value) if isinstance(value, Mapping) else list(range(len(value)))
     for key in keys:
         if spec is None or of_axes:
@@ -295,17 +312,20 @@ def _of_tensor(spec: Any, tensor: torch.Tensor, name: str) -> dict[int, AxisRang
             raise BadInputError(
                 f"dynamic_shapes of {name} must name one of its {tensor.ndim} axes, got {axis}"
             )
-        asked = _labelled(label, name, axis % tensor.ndim)
+        asked = _labelled(label, name, axis % tensor.ndim, tensor.shape[axis])
         if asked is not None:
             found[axis % tensor.ndim] = asked
     return found
 
 
-def _labelled(label: Any, name: str, axis: int) -> AxisRange | None:
-    if label is None or isinstance(label, int):
+def _labelled(label: Any, name: str, axis: int, size: int) -> AxisRange | None:
+    if label is None or (type(label) is int and label == size):
         return None
     if isinstance(label, str):
-        names_in(label)
+        if not names_in(label):
+            raise BadInputError(
+                f"dynamic_shapes of {name} must label axis {axis} with a name, got {label!r}"
+            )
         return AxisRange(label.replace(" ", ""))
     if type(label).__name__ == "_DimHint":
         if "STATIC" in str(label):
@@ -317,32 +337,50 @@ def _labelled(label: Any, name: str, axis: int) -> AxisRange | None:
     if not isinstance(text, str):
         raise BadInputError(
             f"dynamic_shapes of {name} must label axis {axis} with a text or a torch.export.Dim, "
-            f"got {label!r}"
+            f"or give its size {size}, got {label!r}"
         )
     names_in(text)
     bounded = high if isinstance(high, int) and high < 2**31 else None
     return AxisRange(text.replace(" ", ""), low if isinstance(low, int) and low else None, bounded)
 
 
-def _check_sizes(call: Call, axes: Sequence[Mapping[int, AxisRange]]) -> None:
-    """Check that the example gives each label one size, and arithmetic labels theirs."""
+def _check_names(output_names: Any) -> None:
+    listed = isinstance(output_names, list | tuple)
+    if not listed or not all(isinstance(name, str) and name for name in output_names):
+        raise BadInputError(f"output_names must be a list of names, got {output_names!r}")
+
+
+def _sizes_of(call: Call, axes: Sequence[Mapping[int, AxisRange]]) -> dict[str, int]:
+    """What every name in a label is in the example.
+
+    Raises:
+        BadInputError: a name has two sizes or none, or arithmetic does not come to the example's.
+    """
     sizes: dict[str, tuple[int, str]] = {}
-    plain: list[tuple[str, int, int, str]] = []
     computed: list[tuple[str, int, int, str]] = []
     for leaf, tensor, of_leaf in zip(call.leaves, call.tensors, axes, strict=True):
         for axis, asked in of_leaf.items():
-            entry = leaf.name, axis, tensor.shape[axis], asked.label
-            (plain if is_name(asked.label) else computed).append(entry)
-    for name, axis, size, label in plain:
-        known, where = sizes.setdefault(label, (size, name))
-        if known != size:
-            raise BadInputError(
-                f"axis {axis} of {name} is labelled {label}, which is {known} in the example's "
-                f"{where}, got {size}"
-            )
+            size, label = tensor.shape[axis], asked.label
+            if asked.high is not None and size > asked.high:
+                raise BadInputError(
+                    f"axis {axis} of {leaf.name} is labelled {label}, at most {asked.high}, and "
+                    f"is {size} in the example"
+                )
+            if not is_name(label):
+                computed.append((leaf.name, axis, size, label))
+                continue
+            known, where = sizes.setdefault(label, (size, leaf.name))
+            if known != size:
+                raise BadInputError(
+                    f"axis {axis} of {leaf.name} is labelled {label}, which is {known} in the "
+                    f"example's {where}, got {size}"
+                )
     known_sizes = {label: size for label, (size, _) in sizes.items()}
     for name, axis, size, label in computed:
         missing = [part for part in names_in(label) if part not in known_sizes]
+        if len(missing) == 1:
+            known_sizes |= _solved(label, missing[0], size, known_sizes)
+            missing = [part for part in missing if part not in known_sizes]
         if missing:
             raise BadInputError(
                 f"axis {axis} of {name} is labelled {label}, and no axis is labelled {missing[0]}"
@@ -353,3 +391,10 @@ def _check_sizes(call: Call, axes: Sequence[Mapping[int, AxisRange]]) -> None:
                 f"axis {axis} of {name} is labelled {label}, which is {wanted} in the example, "
                 f"got {size}"
             )
+    return known_sizes
+
+
+def _solved(label: str, name: str, size: int, known: Mapping[str, int]) -> dict[str, int]:
+    """The size of the one name at which a label is ``size``, if there is just one."""
+    found = [n for n in range(size + 1) if size_of(label, {**known, name: n}) == size]
+    return {name: found[0]} if len(found) == 1 else {}

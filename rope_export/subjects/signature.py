@@ -41,6 +41,7 @@ class Signature:
         kinds: for every output, where its tokens are, one of `trial.KINDS`.
         layers: of the caches, which layers there are.
         lengths: sequences whose length is bounded, in labels.
+        new: label or size of the axis of new tokens, or None.
         reads_past: whether the module itself computes with the length of the past.
     """
 
@@ -52,12 +53,18 @@ class Signature:
     kinds: dict[str, str]
     layers: tuple[int, ...] = ()
     lengths: tuple[str, ...] = ()
+    new: str | int | None = None
     reads_past: bool = False
 
     @property
     def tokens(self) -> str:
         """The first input."""
         return next(iter(self.inputs))
+
+    @property
+    def masked(self) -> bool:
+        """Whether padding is told by a mask ``[batch, tokens]``."""
+        return _is_padding_mask(self.inputs)
 
     def layout(
         self, *, capacity: int, packs_rows: bool, by_rows: bool, padding: str, ragged: bool
@@ -68,7 +75,8 @@ class Signature:
         batch = self.inputs[self.tokens][0]
         new = [batch, self.sequence]
         pairs = [f"{PAST}.{n}.{kind}" for n in self.layers for kind in KINDS]
-        known = {self.tokens, MASK, POSITIONS, *pairs}
+        mask = self.masked
+        known = {self.tokens, POSITIONS, *pairs, *([MASK] if mask else [])}
         given = [name for name in self.outputs if not name.startswith(f"{PRESENT}.")]
         presents = [f"{PRESENT}.{n}.{kind}" for n in self.layers for kind in KINDS]
         positions = self.inputs.get(POSITIONS)
@@ -90,7 +98,6 @@ class Signature:
             if not all(isinstance(size, int) for size in sizes):
                 return None
             layers.append(LayerCache(*(int(size) for size in sizes)))
-        mask = MASK in self.inputs
         axes = 0
         if positions is not None:
             axes = int(positions[0]) if len(positions) == 3 else 1
@@ -159,7 +166,7 @@ def signature_of(
         for leaf, node in zip(outputs, results, strict=True)
     }
     news = [labels.of(each.new, "") for each in lengths]
-    pasts = [labels.of(each.past, "") for each in lengths if each.past is not None]
+    pasts = [labels.of(0 if each.past is None else each.past, "") for each in lengths]
     layers = tuple(
         dict.fromkeys(
             leaf.layer
@@ -170,14 +177,19 @@ def signature_of(
     first = inputs[names[0]]
     sequence = _first_label([*news, *first[1:2]])
     past = _first_label([*pasts, *(inputs[f"{PAST}.{n}.key"][2] for n in layers)])
-    totals = [f"{past}+{sequence}"] if past and sequence else []
+    totals = [f"{a}+{b}" for a, b in zip(pasts, news, strict=True) if a and b]
+    totals += [f"{past}+{sequence}"] if past and sequence else []
     bounding = {text for text in [*news, *pasts, *totals] if isinstance(text, str) and text}
     free = {
         label: labels.range_of(label, program, past=label == past, bounding=bounding)
         for label in labels.free()
     }
     batch = first[0] if first else None
-    kinds = {leaf.name: _kind(leaf, gives[leaf.name], batch, sequence, past) for leaf in outputs}
+    length: str | int | None = sequence
+    of_mask = inputs[MASK][1] if _is_padding_mask(inputs) else None
+    if length is None and len(first) > 1 and (layers or of_mask == first[1]):
+        length = first[1]
+    kinds = {leaf.name: _kind(leaf, gives[leaf.name], batch, length, past) for leaf in outputs}
     return Signature(
         inputs,
         gives,
@@ -187,8 +199,14 @@ def signature_of(
         kinds,
         layers,
         tuple(sorted(bounding)),
+        length,
         _reads_past([given[name] for name in names if name.startswith(f"{PAST}.")]),
     )
+
+
+def _is_padding_mask(inputs: Axes) -> bool:
+    axes, first = inputs.get(MASK, []), next(iter(inputs.values()))
+    return len(axes) == 2 and axes[:1] == first[:1] and axes[0] != axes[1]
 
 
 def _reads_past(pasts: Sequence[torch.fx.Node]) -> bool:
@@ -210,12 +228,12 @@ def _kind(
     leaf: Leaf,
     axes: list[str | int],
     batch: str | int | None,
-    sequence: str | None,
+    length: str | int | None,
     past: str | None,
 ) -> str:
     if leaf.layer is not None and past is not None:
         return "cache"
-    if sequence is not None and len(axes) > 1 and axes[:2] == [batch, sequence]:
+    if length is not None and len(axes) > 1 and axes[:2] == [batch, length]:
         return "tokens"
     return "whole"
 
@@ -250,6 +268,9 @@ class _Labels:
             composed = next((expr for expr in exprs if not expr.is_Symbol), None)
             if composed is not None and is_name(label) and label not in self._derived:
                 text = self._written(composed)
+                if text is not None and _same_as(label, text):
+                    self._texts[composed] = label
+                    continue
                 if text is None or label in names_in(text):
                     raise BadInputError(
                         f"the axis labelled {label} came out as {composed}, which cannot be "
@@ -269,6 +290,8 @@ class _Labels:
 
     def _written(self, expr: Any) -> str | None:
         """A size of the trace in labels, or None where it is no arithmetic on them."""
+        if expr in self._texts:
+            return self._texts[expr]
         text = str(expr)
         for symbol in expr.free_symbols:
             if symbol not in self._texts:
@@ -338,6 +361,13 @@ class _Labels:
         for text in bounding:
             high = _bounded(text, label, low, high, self._longest)
         return low, high
+
+
+def _same_as(label: str, text: str) -> bool:
+    """Whether arithmetic on a label comes to the label itself, as in ``(s-1)+1``."""
+    if names_in(text) != (label,):
+        return False
+    return all(size_of(text, {label: size}) == size for size in (16, 24, 96, 1024))
 
 
 def _bounded(text: str, label: str, low: int, high: int | None, longest: int) -> int | None:
