@@ -26,7 +26,9 @@ _WANTED = (
 @contextmanager
 def spoken_apart() -> Iterator[None]:
     """Send what the user's code, and what that runs, prints to stderr: stdout is for the result."""
-    sys.stdout.flush()
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    kept: int | None
     try:
         kept = os.dup(_STDOUT)
         os.dup2(_STDERR, _STDOUT)

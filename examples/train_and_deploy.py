@@ -8,6 +8,7 @@ keys and values, proven equal to PyTorch, and continues a text in a process with
 """
 
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -218,7 +219,7 @@ def main(folder: Path | None, steps: int, positions: str, target: str) -> None:
     print(f"the same {NEW_TOKENS} tokens as PyTorch: {'yes' if same else 'NO'}")
     print(f"onnxruntime    {served['tokens_per_second']:6.0f} tokens per second")
     print(f"eager PyTorch  {rate:6.0f} tokens per second")
-    print(f"again: python {script.name} {folder} 'import '")
+    print(f"again: python {os.path.relpath(script)} {folder} 'import '")
     sys.exit(0 if same and result.report.passed else 1)
 
 

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from rope_export.attention import Attention
 
 STORED_BYTES = 64 * 2**20
+FOLLOWS_LENGTH = (
+    "frequencies follow the length: a cached key keeps those of the call it was rotated in, so "
+    "decoding across the switch differs from one full pass, in PyTorch as here"
+)
 # Beyond this many operations (about ten seconds of float64 here) truth is sampled.
 TRUTH_FLOPS = 1e12
 TRACED_BATCH, TRACED_LENGTH, TRACED_PAST = 2, 6, 5

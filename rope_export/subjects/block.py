@@ -227,10 +227,7 @@ def make_trials(block: Attention, plan: Plan, progress: Progress) -> tuple[list[
     longest, notes = _longest_that_fits(block, plan)
     notes += choice.limits
     if plan.cache and shapes.turning_point(block) is not None:
-        notes.append(
-            "frequencies follow the length: a cached key keeps those of the call it was rotated "
-            "in, so decoding across the switch differs from one full pass, in PyTorch as here"
-        )
+        notes.append(shapes.FOLLOWS_LENGTH)
     planned = shapes.plan_shapes(
         block,
         longest=longest,

@@ -164,6 +164,12 @@ class ModuleRequest:
             {int(axis): AxisRange(*asked) for axis, asked in by_name[name].items()}
             for name in call.names
         ]
+        for name, tensor, of_leaf in zip(call.names, call.tensors, axes, strict=True):
+            if max(of_leaf, default=-1) >= tensor.ndim:
+                raise BadInputError(
+                    f"{name} must have more than {max(of_leaf)} axes, as at the export, got "
+                    f"{list(tensor.shape)}"
+                )
         return cls(
             call,
             axes,

@@ -66,6 +66,15 @@ class Signature:
         """Whether padding is told by a mask ``[batch, tokens]``."""
         return _is_padding_mask(self.inputs)
 
+    def within(self, label: str, size: int) -> int:
+        """The size nearest to ``size`` that a label may have."""
+        low, high = self.free[label]
+        return max(low, size if high is None else min(size, high))
+
+    def new_tokens(self, sizes: Mapping[str, int]) -> int:
+        """New tokens in a row, at given sizes."""
+        return size_of(self.inputs[MASK][1] if self.new is None else self.new, sizes)
+
     def layout(
         self, *, capacity: int, packs_rows: bool, by_rows: bool, padding: str, ragged: bool
     ) -> CacheLayout | None:
