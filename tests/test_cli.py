@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from conftest import COMMAND, SMALL
 
+from rope_export.artifact import FORMAT
+
 BLOCK = ("block", *SMALL)
 
 
@@ -323,7 +325,7 @@ def damage_config_content(folder: Path) -> str:
 def damage_format(folder: Path) -> str:
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | {"format": 99}))
-    return "format 99, this version reads 2"
+    return f"format 99, this version reads {FORMAT}"
 
 
 def edit(folder: Path, **changes: object) -> None:
