@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from typing import Any
 
 import click
 import torch
+from contenders import seconds
 from rotary_embedding_torch import (  # type: ignore[import-untyped]
     RotaryEmbedding as OtherRotary,
 )
@@ -269,19 +269,6 @@ def check(name: str, got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
         wrong = error > unit * want.abs() + 1e-6
     if got.dtype != dtype or bool(wrong.any()):
         raise click.ClickException(f"{name} is wrong: off by {error.max():.1e}, {got.dtype}")
-
-
-def seconds(step: Callable[[], object], device: str) -> tuple[float, object]:
-    if device != "cuda":
-        start = time.perf_counter()
-        result = step()
-        return time.perf_counter() - start, result
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    result = step()
-    end.record()
-    torch.cuda.synchronize()
-    return begin.elapsed_time(end) / 1e3, result
 
 
 def measure(

@@ -32,7 +32,6 @@ import os
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -45,7 +44,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contenders import cpu_name
+from contenders import cpu_name, seconds
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -63,8 +62,6 @@ Forward = Callable[[Tensor], Tensor]
 LENGTHS = 6
 TRAINING_STEPS = 20
 WARM_UP = {"cpu": 1, "cuda": 5}
-# Steps are launched while the device is busy with this, or launching would be timed: about 10 ms.
-AHEAD_CYCLES = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -495,20 +492,6 @@ def furthest(losses: list[float], truth: list[float]) -> float:
     )
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
-    if device != "cuda":
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(AHEAD_CYCLES)
-    begin.record()
-    run()
-    end.record()
-    torch.cuda.synchronize()
-    return float(begin.elapsed_time(end)) / 1e3
-
-
 def compete(contenders: list[Contender], judge: Judge, rounds: int) -> None:
     """Take turns."""
     task = judge.task
@@ -519,7 +502,7 @@ def compete(contenders: list[Contender], judge: Judge, rounds: int) -> None:
         for contender in (*contenders[first:], *contenders[:first]):
             if task.mode == "dynamic":  # no two steps in a row have the same length
                 contender.step(*shorter[turn % len(shorter)])
-            taken = seconds(lambda c=contender: c.step(judge.x, judge.gradient), task.device)  # type: ignore[misc]
+            taken, _ = seconds(lambda c=contender: c.step(judge.x, judge.gradient), task.device)  # type: ignore[misc]
             if turn >= warm_up:
                 contender.seconds.append(taken)
 
