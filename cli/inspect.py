@@ -119,7 +119,7 @@ def _artifact(path: Path) -> tuple[dict[str, Any], Iterable[Row]]:
     artifact = Artifact.read(path, verify=False)
     model = inspect_model(artifact.model)
     proof = _json_object(path / _REPORT) if (path / _REPORT).is_file() else {}
-    parts = {name: artifact.config.get(name) for name in ("block", "export", "options")}
+    parts = {name: artifact.config.get(name) for name in ("block", "module", "export", "options")}
     document = {
         "kind": "artifact",
         **parts,
@@ -138,6 +138,12 @@ def _artifact_rows(
     block = config.get("block")
     if isinstance(block, dict):
         yield from _layer_rows("block", "", block)
+    module = config.get("module")
+    if isinstance(module, dict):
+        yield "module", f"{module.get('class')}, {module.get('parameters')} parameters"
+    ranges = graph.get("ranges")
+    if isinstance(ranges, dict) and ranges:
+        yield "sizes", ", ".join(_range(label, given) for label, given in ranges.items())
     if isinstance(config.get("export"), dict):
         yield "export", _settings(config["export"])
     providers = " and ".join(map(str, graph["providers"]))
@@ -157,11 +163,19 @@ def _artifact_rows(
         yield f"{verdict}: {count} comparisons, when it was exported", ""
 
 
+def _range(label: str, given: Any) -> str:
+    """Sizes a label serves; damaged ones as they are."""
+    if not isinstance(given, list) or len(given) != 2:
+        return f"{label} {given}"
+    low, high = given
+    return f"{label} from {low}" if high is None else f"{label} {low} … {high}"
+
+
 def _settings(content: dict[str, Any]) -> str:
     """What is set, in one line; objects get lines of their own."""
     parts = []
     for name, value in content.items():
-        if value is None or value is False or value in ("", [], {}):
+        if value is None or value is False or value in ("", [], {}) or name == "axes":
             continue
         if isinstance(value, dict | list):
             value = json.dumps(value)

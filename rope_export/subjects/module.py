@@ -60,11 +60,18 @@ class ModuleSubject:
         rotations = list(dict.fromkeys(rotation_name(choice) for choice in choices))
         if not rotations and "RotaryEmbedding" in operators:
             rotations = ["RotaryEmbedding"]
+        passed_over = [reason for choice in choices for reason in choice.reasons]
+        if request.target == "ort" and not choices and "Attention" in operators:
+            passed_over.append(
+                "F.scaled_dot_product_attention of the module's own becomes Attention, whose "
+                "memory is quadratic in the length on the CPU; rope_export.Attention in its place "
+                "lowers to fused operators"
+            )
         facts = {
             "attention": ", ".join(form.attention.removeprefix("::") for form in forms)
             or ("Attention" if "Attention" in operators else "the module's own"),
             "rotation": ", ".join(rotations) or "the module's own",
-            "passed_over": list(dict.fromkeys(r for choice in choices for r in choice.reasons)),
+            "passed_over": list(dict.fromkeys(passed_over)),
             "branches": list(dict.fromkeys(b for choice in choices for b in choice.branches)),
             "tokens": signature.tokens,
             "cache": None if self.cases.layout is None else self.cases.layout_json(),

@@ -384,9 +384,8 @@ def _bounded(text: str, label: str, low: int, high: int | None, longest: int) ->
     names = names_in(text)
     if label not in names:
         return high
-    least = dict.fromkeys(names, 1) | {label: low}
-    if len(names) > 1:  # the other part may be nothing at all
-        least |= {name: 0 for name in names if name != label}
+    # Beside new tokens there may be no past; beside a past there is a new token.
+    least = dict.fromkeys(names, int(low == 0)) | {label: low}
     most = high if high is not None and high < longest else longest
     while low < most:
         middle = (low + most + 1) // 2
