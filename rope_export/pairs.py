@@ -46,7 +46,7 @@ def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor, *, layout: Layout) -> Tens
     if torch.compiler.is_compiling() or x.device.type != "cpu":
         turned: Tensor = _in_graph(x, cos, sin, layout)
     elif x.numel() <= _SMALL and not (x.requires_grad and torch.is_grad_enabled()):
-        turned = _arithmetic(x, cos, sin, layout)  # decoding: calls cost more than memory
+        turned = _in_one(x, cos, sin, layout)  # decoding: calls cost more than memory
     else:
         turned = _Eager.apply(x, cos, sin, layout)  # type: ignore[no-untyped-call]
     return turned
@@ -120,6 +120,17 @@ def _in_memory_order(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Ten
         and x.storage_offset() % 2 == 0  # a view of wider elements must start at one
     )
     return _in_words(x, cos, sin) if words else _arithmetic(x, cos, sin, layout)
+
+
+def _in_one(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
+    """The numbers of `_in_blocks`, in fewer calls."""
+    half = cos.shape[-1]
+    a, b = split_pairs(x, half, layout)
+    if x.dtype in _NARROW:
+        a, b = a.float(), b.float()
+    first = torch.addcmul(a * cos, b, sin, value=-1)
+    turned = join_pairs(first, torch.addcmul(b * cos, a, sin), layout).to(x.dtype)
+    return turned if x.shape[-1] == 2 * half else torch.cat((turned, x[..., 2 * half :]), dim=-1)
 
 
 def _in_blocks(x: Tensor, cos: Tensor, sin: Tensor, layout: Layout) -> Tensor:
