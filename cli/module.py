@@ -183,8 +183,10 @@ def _bounds(text: str) -> tuple[str, tuple[int | None, int | None]]:
     if found is None or not (found[2] or found[3]):
         raise click.UsageError(f"--range {text}: must be LABEL=MIN:MAX, such as sequence=1:4096")
     low, high = (int(part) if part else None for part in (found[2], found[3]))
-    if high is not None and high <= (low or 0):
-        raise click.UsageError(f"--range {text}: MAX must be over MIN, or leave the axis fixed")
+    if low is not None and high is not None and high < low:
+        raise click.UsageError(f"--range {text}: MAX must be at least MIN")
+    if high is not None and high == (low or 0):
+        raise click.UsageError(f"--range {text}: is one size; leave the axis fixed instead")
     return found[1], (low, high)
 
 

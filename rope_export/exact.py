@@ -76,6 +76,7 @@ def exactly(
         torch.compiler.set_stance("force_eager"),
         lowering.evaluated_by(Evaluator(alter, mirrored=mirrored)),
         _widened_recurrences(module),
+        _buffers_put_back(module),
         _WidenedArguments(kept),
         _Widened(),  # type: ignore[no-untyped-call]
     ):
@@ -184,6 +185,17 @@ def _widened_recurrences(module: nn.Module) -> Iterator[None]:
     finally:
         for weight, data in zip(weights, kept, strict=True):
             weight.data = data
+
+
+@contextmanager
+def _buffers_put_back(module: nn.Module) -> Iterator[None]:
+    """Put back the buffers that a module assigns when it is called: they would be float64."""
+    kept = [(part, dict(part._buffers)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, buffers in kept:
+            part._buffers.update(buffers)
 
 
 def _widened(value: Any) -> Any:

@@ -44,11 +44,14 @@ class Inputs:
             elif leaf.name == MASK and signature.masked:
                 new = self._signature.new_tokens(sizes) if lengths else 0
                 drawn[leaf.name] = self._mask(shape, lengths, new, example)
-            else:
-                start = 0
+            elif _POSITIONS in leaf.name and _counts(example):
+                first = int(example.flatten()[0])
                 if signature.past is not None:
-                    start = size_of(signature.past, sizes)
-                drawn[leaf.name] = _like(example, shape, rng, start)
+                    first = size_of(signature.past, sizes)
+                ids = np.broadcast_to(np.arange(shape[-1]) + first, shape)
+                drawn[leaf.name] = ids.astype(to_numpy(example.detach().cpu()).dtype)
+            else:
+                drawn[leaf.name] = _like(example, shape, rng)
         return drawn
 
     def _given(self, sizes: Mapping[str, int], rng: np.random.Generator) -> dict[str, Tensor]:
@@ -108,7 +111,7 @@ class Inputs:
         return kind
 
 
-def _like(example: Tensor, shape: tuple[int, ...], rng: np.random.Generator, start: int) -> Array:
+def _like(example: Tensor, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
     """Values as the example has them: its spread, or its integers."""
     sample = example.detach().cpu()
     if sample.is_floating_point():
@@ -119,21 +122,18 @@ def _like(example: Tensor, shape: tuple[int, ...], rng: np.random.Generator, sta
         normal = rng.standard_normal(shape) * (spread if usable else 1.0) + mean
         return to_numpy(torch.as_tensor(normal).to(sample.dtype))
     array = to_numpy(sample)
-    if _counts(array):
-        first = start if start else (int(array.reshape(-1)[0]) if array.size else 0)
-        ids: Array = np.broadcast_to(np.arange(shape[-1]) + first, shape).astype(array.dtype)
-        return ids
     if not array.size:
         return np.zeros(shape, dtype=array.dtype)
     drawn: Array = rng.choice(array.reshape(-1), size=shape)
     return drawn.astype(array.dtype)
 
 
-def _counts(array: Array) -> bool:
+def _counts(example: Tensor) -> bool:
     """Whether every row counts up by one, as positions do."""
-    if array.ndim == 0 or array.shape[-1] < 2 or array.dtype.kind != "i":
+    if example.ndim == 0 or not example.numel() or example.dtype.is_floating_point:
         return False
-    return bool((np.diff(array, axis=-1) == 1).all())
+    array = to_numpy(example.detach().cpu())
+    return array.dtype.kind == "i" and bool((np.diff(array, axis=-1) == 1).all())
 
 
 def _fitting(name: str, given: Tensor, shape: tuple[int, ...], example: Tensor) -> Array:

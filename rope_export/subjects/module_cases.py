@@ -165,7 +165,8 @@ class Cases:
     def _tensors(self, inputs: Mapping[str, Array]) -> list[Tensor]:
         device = self._device
         return [
-            from_numpy(np.ascontiguousarray(inputs[n])).to(device) for n in self._request.call.names
+            from_numpy(np.asarray(inputs[n], order="C")).to(device)
+            for n in self._request.call.names
         ]
 
     @cached_property

@@ -97,6 +97,7 @@ class Signature:
             and self.inputs[self.tokens][:2] == new
             and (positions is None or positions[-2:] == new)
             and all(self.inputs[name][0] == batch for name in pairs)
+            and all(self.kinds[name] == "cache" for name in presents)
         )
         if not fits:
             return None
@@ -240,11 +241,21 @@ def _kind(
     length: str | int | None,
     past: str | None,
 ) -> str:
-    if leaf.layer is not None and past is not None:
+    if leaf.layer is not None and past is not None and _is_sum(axes[2], past, length):
         return "cache"
     if length is not None and len(axes) > 1 and axes[:2] == [batch, length]:
         return "tokens"
     return "whole"
+
+
+def _is_sum(total: str | int, past: str, new: str | int | None) -> bool:
+    """Whether a cache has as many columns as there are cached and new tokens."""
+    if new is None:
+        return False
+    names = dict.fromkeys([*names_in(past), *names_in(str(new))])
+    sizes = {name: 16 + 24 * index for index, name in enumerate(names)}
+    known = set(names_in(str(total))) <= set(sizes)
+    return known and size_of(total, sizes) == size_of(past, sizes) + size_of(new, sizes)
 
 
 class _Labels:
