@@ -189,7 +189,7 @@ def write_vector(
     folder.mkdir()
     for kind, arrays in (("input", inputs), ("output", outputs)):
         for index, (name, array) in enumerate(arrays.items()):
-            tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+            tensor = numpy_helper.from_array(np.asarray(array, order="C"), name)
             (folder / f"{kind}_{index}.pb").write_bytes(tensor.SerializeToString())
 
 

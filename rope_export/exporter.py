@@ -165,7 +165,13 @@ def export(
                     "what a module takes is said by its examples"
                 )
         request = ModuleRequest.checked(
-            module, args or (), kwargs or {}, dynamic_shapes, inputs, output_names, **common
+            module,
+            () if args is None else args,
+            {} if kwargs is None else kwargs,
+            dynamic_shapes,
+            inputs,
+            output_names,
+            **common,
         )
         subject = ModuleSubject(request)
     if validate:

@@ -232,7 +232,7 @@ def _driven(session: runtime.Session, trial: Trial, artifact: Artifact) -> dict[
 
 
 def _failed(provider: str, trial: Trial, reason: str) -> CaseResult:
-    return _result(provider, trial, OUTPUT, _INFINITE, reason)
+    return _result(provider, trial, next(iter(trial.expected)), _INFINITE, reason)
 
 
 def _result(

@@ -90,7 +90,9 @@ def _subject(
         raise BadInputError(
             f"args must be example inputs of {type(module).__name__}, as given to export, got None"
         )
-    request = ModuleRequest.from_json(exported, module, args or (), kwargs or {}, inputs)
+    request = ModuleRequest.from_json(
+        exported, module, () if args is None else args, {} if kwargs is None else kwargs, inputs
+    )
     return ModuleSubject(request)
 
 

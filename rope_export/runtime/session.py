@@ -132,7 +132,7 @@ class Session:
 def to_ort(array: Array) -> Any:
     """Wrap the memory of an array, ``ml_dtypes.bfloat16`` included; the array must stay alive."""
     ort = onnxruntime_module()
-    array = np.ascontiguousarray(array)
+    array = np.asarray(array, order="C")  # which, unlike ascontiguousarray, adds no axis
     if array.dtype.name == "bfloat16":
         from onnx import TensorProto
 

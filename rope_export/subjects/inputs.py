@@ -16,6 +16,8 @@ from rope_export.subjects.request import ModuleRequest
 from rope_export.subjects.signature import MASK, Signature
 from rope_export.tracing import blamed
 
+_POSITIONS = "pos"  # in the name of an input that counts from where the past ends
+
 
 class Inputs:
     """Draws inputs.
@@ -45,7 +47,8 @@ class Inputs:
                 new = self._signature.new_tokens(sizes) if lengths else 0
                 drawn[leaf.name] = self._mask(shape, lengths, new, example)
             elif _POSITIONS in leaf.name and _counts(example):
-                first = int(example.flatten()[0])
+                last = self._request.longest - shape[-1]
+                first = max(0, min(int(example.flatten()[0]), last))
                 if signature.past is not None:
                     first = size_of(signature.past, sizes)
                 ids = np.broadcast_to(np.arange(shape[-1]) + first, shape)
