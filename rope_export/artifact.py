@@ -330,6 +330,7 @@ _GRAPH_FIELDS: dict[str, type] = {
     "tokens": str,
     "passed_over": list,
     "branches": list,
+    "packs_rows": bool,
     "ops": dict,
     "sha256": str,
 }
@@ -353,6 +354,8 @@ def _checked(config: dict[str, Any]) -> tuple[dict[str, str], tuple[Vector, ...]
         raise ValueError("no providers")
     if graph["cache"] is not None:
         CacheLayout.from_json(graph["cache"])
+    if graph["padding_mask"] is not None:
+        _typed(graph, "padding_mask", str)
     kinds = set(_typed(graph, "outputs", dict).values())
     if not kinds <= {"tokens", "cache", "whole"}:
         raise ValueError(f"outputs are {', '.join(sorted(map(str, kinds)))}")

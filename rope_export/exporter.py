@@ -149,8 +149,7 @@ def export(
     }
     subject: Subject
     if args is None and kwargs is None:
-        called = inspect.signature(module.forward).parameters
-        if not isinstance(module, Attention) or not {"past", "attention_mask"} <= set(called):
+        if not isinstance(module, Attention) or not _takes_what_a_block_takes(module):
             raise BadInputError(
                 f"args must be example inputs of {type(module).__name__}, got None (only an "
                 "Attention itself is exported without)"
@@ -178,6 +177,17 @@ def export(
         for provider in validate_on:
             runtime.require(provider)
     return _write(subject, Path(path), options or {}, validate, tuple(validate_on), progress)
+
+
+def _takes_what_a_block_takes(block: Attention) -> bool:
+    """Whether a subclass left the arguments of ``forward`` as they are."""
+    try:
+        inspect.signature(block.forward).bind(
+            None, position_ids=None, past=None, attention_mask=None
+        )
+    except TypeError:
+        return False
+    return True
 
 
 def _write(

@@ -11,16 +11,17 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common_passes
-from onnxscript import optimizer
+from onnxscript import optimizer, rewriter
 
 import rope_export
 from rope_export import artifact
 from rope_export.errors import ExportError
-from rope_export.lowering import control
+from rope_export.lowering import control, masks
 
 # Larger weights go into a file of their own; protobuf itself ends at 2 GiB.
 _EXTERNAL_BYTES = 128 * 2**20
 _NO_LIMIT = 1 << 62
+_FOLDS = 2
 Axes = Sequence[str | int]
 
 
@@ -49,8 +50,9 @@ def tidy(
     Raises:
         ExportError: a graph input or output does not have the axes asked for.
     """
+    masks.expand(model)
     sources, learned = _weight_names(model, parameters)
-    optimizer.optimize(model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT)
+    _optimize(model, learned)
     common_passes.ClearMetadataAndDocStringPass()(model)
     model.metadata_props.clear()
     for value in (
@@ -67,6 +69,21 @@ def tidy(
     model.producer_name = "rope-export"
     model.producer_version = rope_export.__version__
     model.graph.name = name
+
+
+def _optimize(model: ir.Model, learned: Collection[str]) -> None:
+    """What ``onnxscript.optimizer.optimize`` does, which also merges weights that are equal."""
+    common_passes.InlinePass()(model)
+    for _ in range(_FOLDS):
+        optimizer.fold_constants(model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT)
+        rewriter.rewrite(model)
+    common_passes.RemoveUnusedNodesPass()(model)
+    common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common_passes.LiftSubgraphInitializersToMainGraphPass()(model)
+    _keep_once(model, learned)
+    common_passes.CommonSubexpressionEliminationPass()(model)
+    common_passes.OutputFixPass()(model)
+    common_passes.NameFixPass()(model)
 
 
 def _weight_names(model: ir.Model, parameters: Collection[str]) -> tuple[dict[str, str], set[str]]:
@@ -127,8 +144,11 @@ def _name_interface(
 
 
 def _name_inside(model: ir.Model, sources: Mapping[str, str], prefix: str) -> None:
+    interface = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     taken: Counter[str] = Counter()
     for value in list(model.graph.initializers.values()):
+        if id(value) in interface:
+            continue
         old = value.name or ""
         name = "+".join(part.removeprefix(prefix) for part in sources.get(old, old).split("+"))
         if "." not in name:
@@ -137,7 +157,6 @@ def _name_inside(model: ir.Model, sources: Mapping[str, str], prefix: str) -> No
         if taken[name] > 1 or name == "constant":
             name = f"{name}_{taken[name]}"
         value.name = name
-    interface = {id(value) for value in (*model.graph.inputs, *model.graph.outputs)}
     counts: Counter[str] = Counter()
     for node in model.graph.all_nodes():
         counts[node.op_type] += 1

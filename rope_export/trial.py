@@ -284,20 +284,19 @@ def _stored_expectations(
     vector: Vector, inputs: dict[str, Array], outputs: dict[str, Array], artifact: Artifact
 ) -> dict[str, Expected]:
     """What the stored outputs say; raises ValueError, KeyError or IndexError if they cannot be."""
-    graph, cache = artifact.config["graph"], artifact.cache
+    graph = artifact.config["graph"]
     first = inputs[graph["tokens"]]
     if first.shape[:2] != (vector.batch, vector.sequence)[: first.ndim]:
         raise ValueError
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        mask = np.ones((vector.batch, vector.past + vector.sequence), dtype=np.int64)
-    if mask.shape[0] != vector.batch or mask.shape[1] < vector.sequence:
-        raise ValueError
-    places: dict[str, Places | None] = {"tokens": new_places(mask, vector.sequence), "whole": None}
+    places: dict[str, Places | None] = dict.fromkeys(KINDS)
+    if graph["padding_mask"] is not None:
+        mask = inputs[graph["padding_mask"]]
+        if mask.shape[0] != vector.batch or mask.shape[1] < vector.sequence:
+            raise ValueError
+        places["tokens"] = new_places(mask, vector.sequence)
+        places["cache"] = cache_places(mask, packs_rows=graph["packs_rows"])
     if vector.steps:
         places["tokens"] = given_places(vector.steps)
-    if cache is not None:
-        places["cache"] = cache_places(mask, packs_rows=cache.packs_rows)
     expected = {}
     for name, bound in vector.bounds.items():
         output, kind = outputs[name], graph["outputs"][name]

@@ -191,18 +191,18 @@ def test_training_mode_and_warm_calls_leave_no_trace(tmp_path):
 class LengthBaked(Attention):
     """Reads the length once too often: a length of eight or more takes another path."""
 
-    def forward(self, hidden_states, *, position_ids=None, offset=0):
+    def forward(self, hidden_states, **given):
         if hidden_states.shape[1] > 7:
             hidden_states = hidden_states * 2
-        return super().forward(hidden_states, position_ids=position_ids, offset=offset)
+        return super().forward(hidden_states, **given)
 
 
 class BatchBaked(Attention):
     """A reshape that fixes the batch."""
 
-    def forward(self, hidden_states, *, position_ids=None, offset=0):
+    def forward(self, hidden_states, **given):
         hidden_states = hidden_states.reshape(2, -1, self.hidden_size)
-        return super().forward(hidden_states, position_ids=position_ids, offset=offset)
+        return super().forward(hidden_states, **given)
 
 
 @pytest.mark.parametrize("kind", [LengthBaked, BatchBaked])

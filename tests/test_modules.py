@@ -1398,7 +1398,6 @@ def test_a_tensor_for_arguments_is_refused(tmp_path):
         export(module_of(linear), tmp_path / "x", args=X)
 
 
-@pytest.mark.xfail(strict=True, reason="an output that is a constant is named as a constant")
 def test_an_output_that_is_a_constant_keeps_its_name(tmp_path):
     module = module_of(lambda self, x: {"y": self.linear(x), "version": torch.tensor(3)})
     result = export(module, tmp_path / "x", args=(X,), dynamic_shapes={"x": AXES}, validate=True)
@@ -1406,7 +1405,6 @@ def test_an_output_that_is_a_constant_keeps_its_name(tmp_path):
     assert result.report.passed
 
 
-@pytest.mark.xfail(strict=True, reason="onnxruntime's Attention takes no mask [B, 1, 1, T]")
 @pytest.mark.parametrize("target", ["ort", "onnx"])
 def test_a_padding_mask_in_attention_of_pytorch(tmp_path, target):
     module = module_of(
@@ -1422,7 +1420,6 @@ def test_a_padding_mask_in_attention_of_pytorch(tmp_path, target):
     assert result.report.passed, result.report.to_markdown()
 
 
-@pytest.mark.xfail(strict=True, reason="equal weights are merged by the optimizer before `tidy`")
 def test_equal_weights_stay_apart(tmp_path):
     module = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4))
     result = export(module, tmp_path / "x", args=(X,))
@@ -1430,24 +1427,17 @@ def test_equal_weights_stay_apart(tmp_path):
     assert {"0.weight", "2.weight"} <= names
 
 
-@pytest.mark.xfail(
-    raises=BadInputError, strict=True, reason="a vector's mask is taken for a padding mask by name"
-)
 @pytest.mark.parametrize("name", MASKS)
 def test_a_mask_of_pairs_replays(tmp_path, name):
     assert replay(exported_with_mask(name, tmp_path / "x").path).passed
 
 
-@pytest.mark.xfail(
-    raises=BadInputError, strict=True, reason="caches are compared with a Decoder's layout only"
-)
 def test_a_cache_that_no_decoder_can_drive_replays(tmp_path):
     result = of_one_token(tmp_path / "x", "onnx")
     assert result.graph["cache"] is None
     assert replay(result.path).passed
 
 
-@pytest.mark.xfail(strict=True, reason="a Decoder feeds masks as int64 only")
 def test_masks_of_other_dtypes_are_served(tmp_path):
     result = export(
         modules.enlivened(Served()),
@@ -1459,7 +1449,6 @@ def test_masks_of_other_dtypes_are_served(tmp_path):
     assert result.report.passed, result.report.to_markdown()
 
 
-@pytest.mark.xfail(strict=True, reason="its Scan keeps the length of the past")
 def test_a_past_of_fixed_length(tmp_path):
     result = export(
         modules.enlivened(Served()),

@@ -120,7 +120,16 @@ class _Expansion:
     def _rows(self, tape: Tape) -> Sequence[ir.Value]:
         total = self.inputs[_TOTAL]
         assert total is not None
-        return self._scan(tape, self.inputs[: _LAST_INDEX + 1], total, len(self.outputs))
+        stacked = self.inputs[: _LAST_INDEX + 1]
+        for index in (_PAST_KEY, _PAST_VALUE):
+            past = stacked[index]
+            assert past is not None  # without one there is nothing to scan
+            if past.shape is not None and isinstance(past.shape[2], int):
+                # onnxruntime would take the length of a past for that of the present.
+                end = tape.op("Cast", [total], {"to": ir.DataType.INT64})
+                end = tape.op("Reshape", [end, self._constant(-1, 1)])
+                stacked[index] = self._slice(tape, past, 0, end, axis=2)
+        return self._scan(tape, stacked, total, len(self.outputs))
 
     def _scan(
         self, tape: Tape, stacked: Sequence[ir.Value | None], total: ir.Value, count: int

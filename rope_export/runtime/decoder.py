@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
-from rope_export.runtime.layout import CacheLayout
+from rope_export.runtime.layout import MASK, CacheLayout
 from rope_export.runtime.providers import first_line, onnxruntime_module
 from rope_export.runtime.session import Session, from_ort, to_ort
 
@@ -73,6 +73,7 @@ class Decoder:
         self._answer_width = tuple(int(size) for size in answer.shape[2:])
         self.dtype = _dtype(given.type)
         self.output_dtype = _dtype(answer.type)
+        self._mask_dtype = _dtype(inputs[MASK].type) if layout.mask else np.dtype(np.int64)
         self._cache_dtype = _dtype(inputs[next(layout.names())[0]].type)
         self._binding = session.raw.io_binding()
         self._buffers: list[Any] = []
@@ -207,7 +208,7 @@ class Decoder:
         mask = np.concatenate((earlier, real), axis=1)
         inputs = {self.layout.tokens: tokens}
         if self.layout.mask:
-            inputs["attention_mask"] = mask
+            inputs[MASK] = mask.astype(self._mask_dtype)
         if ids is not None:
             inputs["position_ids"] = ids
         binding = self._binding
@@ -322,7 +323,7 @@ class _CapturedStep:
         column = np.arange(decoder.capacity)
         mask = (column < decoder._lengths[:, None]).astype(np.int64)
         mask[:, -1] = 1
-        arrays = {decoder.layout.tokens: tokens, "attention_mask": mask}
+        arrays = {decoder.layout.tokens: tokens, MASK: mask.astype(decoder._mask_dtype)}
         if ids is not None:
             arrays["position_ids"] = ids
         try:
@@ -377,6 +378,8 @@ def _dtype(name: str) -> np.dtype[Any]:
             "tensor(float16)": np.float16,
             "tensor(int64)": np.int64,
             "tensor(int32)": np.int32,
+            "tensor(uint8)": np.uint8,
+            "tensor(bool)": np.bool_,
         }[name]
     )
 

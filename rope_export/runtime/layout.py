@@ -8,6 +8,7 @@ from typing import Any
 
 PADDINGS = ("right", "left")
 KINDS = ("key", "value")
+MASK = "attention_mask"
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,8 @@ class BlockSubject:
             "passed_over": list(choice.reasons),
             "branches": list(choice.branches),
             "tokens": "hidden_states",
+            "padding_mask": "attention_mask" if plan.attention_mask else None,
+            "packs_rows": plan.cache and choice.form.packs_rows,
             "cache": cache_layout(self.module, plan, choice) if plan.cache else None,
             "outputs": {OUTPUT: "tokens", **dict.fromkeys(PRESENTS if plan.cache else (), "cache")},
         }

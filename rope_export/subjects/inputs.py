@@ -11,9 +11,10 @@ from torch import Tensor
 from rope_export.draws import from_numpy, to_numpy
 from rope_export.errors import BadInputError
 from rope_export.places import Array
+from rope_export.runtime.layout import MASK
 from rope_export.subjects.labels import is_name, size_of
 from rope_export.subjects.request import ModuleRequest
-from rope_export.subjects.signature import MASK, Signature
+from rope_export.subjects.signature import Signature
 from rope_export.tracing import blamed
 
 _POSITIONS = "pos"  # in the name of an input that counts from where the past ends

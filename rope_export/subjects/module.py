@@ -12,6 +12,7 @@ from rope_export import graph
 from rope_export.errors import BadInputError, ExportError
 from rope_export.lowering import rules
 from rope_export.lowering.target import Target
+from rope_export.runtime.layout import MASK
 from rope_export.subjects.base import Built, rotation_name
 from rope_export.subjects.call import Flat
 from rope_export.subjects.labels import size_of
@@ -74,6 +75,8 @@ class ModuleSubject:
             "passed_over": list(dict.fromkeys(passed_over)),
             "branches": list(dict.fromkeys(b for choice in choices for b in choice.branches)),
             "tokens": signature.tokens,
+            "padding_mask": MASK if signature.masked else None,
+            "packs_rows": self.cases.packs_rows,
             "cache": None if self.cases.layout is None else self.cases.layout_json(),
             "outputs": signature.kinds,
             "ranges": {label: list(range_) for label, range_ in signature.free.items()},

@@ -29,6 +29,7 @@ from rope_export.places import (
 )
 from rope_export.reference import Semantics
 from rope_export.rotary import RotaryEmbedding
+from rope_export.runtime.layout import MASK
 from rope_export.sensitivity import defects_of
 from rope_export.shapes import FOLLOWS_LENGTH, STORED_BYTES
 from rope_export.subjects.call import Flat, check_dtype
@@ -36,7 +37,7 @@ from rope_export.subjects.inputs import Inputs, shown
 from rope_export.subjects.labels import size_of
 from rope_export.subjects.planner import BATCH_LABELS, Planner, Sizes
 from rope_export.subjects.request import ModuleRequest
-from rope_export.subjects.signature import MASK, POSITIONS, Signature
+from rope_export.subjects.signature import POSITIONS, Signature
 from rope_export.tracing import blamed
 from rope_export.trial import Expected, Judged, Progress, Trial, rows_of
 
@@ -53,6 +54,10 @@ class Cases:
         request: the module, its example, and how it was exported.
         signature: what its graph takes and gives.
         choices: the forms its attentions took.
+
+    Attributes:
+        packs_rows: whether caches that go out have each row's tokens from the first slot on.
+        layout: how a `Decoder` drives the graph, or None.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class Cases:
         self._inputs = Inputs(request, signature)
         caching = [choice for choice in choices if choice.form.packs_rows]
         mixed = 0 < len(caching) < len(choices)
-        self._packs = bool(caching) and not mixed
+        self.packs_rows = bool(caching) and not mixed
         by_rows = not caching or all(choice.by_rows for choice in caching)
         self._notes: list[str] = list(
             dict.fromkeys(limit for choice in choices for limit in choice.limits)
@@ -76,12 +81,12 @@ class Cases:
             )
         self.layout = signature.layout(
             capacity=request.longest,
-            packs_rows=self._packs,
+            packs_rows=self.packs_rows,
             by_rows=by_rows,
             padding=request.padding,
             ragged=not mixed,
         )
-        if self._packs and signature.reads_past and self.layout is not None:
+        if self.packs_rows and signature.reads_past and self.layout is not None:
             self._notes.append(
                 "the module computes with the length of its past (a shape of past_key_values): the "
                 "cache grows with each step instead of staying in one buffer, and a Decoder serves "
@@ -211,7 +216,7 @@ class Cases:
         expected, outputs = {}, {}
         for name, kind in self._signature.kinds.items():
             at = columns = self._places(kind, mask, case)
-            if kind == "cache" and mask is not None and self._packs:
+            if kind == "cache" and mask is not None and self.packs_rows:
                 at = cache_places(mask, packs_rows=True)
             judged = Judged(kind, at, eager[name].shape)
             part = self._judge(

@@ -10,9 +10,9 @@ import numpy as np
 from rope_export import runtime
 from rope_export.errors import BadInputError
 from rope_export.lowering import rules
-from rope_export.runtime.layout import CacheLayout
+from rope_export.runtime.layout import MASK, CacheLayout
 from rope_export.subjects.labels import size_of
-from rope_export.subjects.signature import MASK, Signature
+from rope_export.subjects.signature import Signature
 
 # Beyond so many operations (about a minute of float64 here) a length is not proven.
 _TRUTH_FLOPS = 4e12

@@ -11,7 +11,7 @@ import torch
 
 from rope_export.errors import BadInputError
 from rope_export.lowering.target import Lengths
-from rope_export.runtime.layout import KINDS, CacheLayout, LayerCache
+from rope_export.runtime.layout import KINDS, MASK, CacheLayout, LayerCache
 from rope_export.subjects.call import PAST, PRESENT, Leaf
 from rope_export.subjects.labels import (
     is_name,
@@ -22,7 +22,7 @@ from rope_export.subjects.labels import (
 from rope_export.subjects.request import ModuleRequest
 
 Axes = dict[str, list[str | int]]
-MASK, POSITIONS = "attention_mask", "position_ids"
+POSITIONS = "position_ids"
 # Traced sizes begin at 2; what happens at 0 and 1 is for the proof to say.
 _LEAST_TRACED = 2
 _UNBOUNDED = 2**31 - 1
