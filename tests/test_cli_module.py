@@ -1,8 +1,10 @@
-"""`rope-export module`: the user's own function, exit codes, and one line of error."""
+"""`rope-export module`: the user's own function, what it may do, exit codes, one line of error."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,7 +14,11 @@ import pytest
 from conftest import COMMAND
 from rope_export._cli import run as run_command
 
+from rope_export import runtime
+
 USER = """
+import os
+import subprocess
 import sys
 
 import torch
@@ -21,7 +27,58 @@ from torch import nn
 
 from rope_export import Attention, RotaryEmbedding
 
-print("from the user's file")
+print("printed by the file")
+
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Leaving(Plain):
+    def forward(self, x):
+        sys.exit(7)
+
+
+class Batched(Plain):
+    def forward(self, x):
+        return self.linear(x).reshape(2, -1)
+
+
+def plain():
+    torch.manual_seed(0)
+    return Plain(), torch.randn(2, 5, 4)
+
+
+def shouting():
+    os.write(1, b"written to the descriptor\\n")
+    subprocess.run(["echo", "printed by a child"], check=True)
+    print("printed to the real stdout", file=sys.__stdout__)
+    return plain()
+
+
+def with_a_module_that_leaves():
+    return Leaving(), torch.randn(2, 5, 4)
+
+
+def batched():
+    return Batched(), torch.randn(2, 5, 4)
+
+
+def with_argument(path):
+    return plain()
+
+
+class Models:
+    @staticmethod
+    def small():
+        return plain()
+
 
 
 class Model(nn.Module):
@@ -100,12 +157,38 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "user.py").write_text(USER)
     (tmp_path / "sibling.py").write_text("WIDTH = 32\n")
     (tmp_path / "broken.py").write_text("def factory(:\n")
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("from user import plain\n")
+    (package / "models.py").write_text("from package import plain as made\n")
     return tmp_path
 
 
-def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, "module", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+def in_python(folder: Path, code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [COMMAND[0], "-c", code],
+        cwd=folder,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = f"from rope_export._cli import run; run(['module', *{arguments!r}])"
+    return in_python(folder, code, **environment)
+
+
+def error_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.startswith("rope-export: error: ")]
+    assert len(lines) == 1, text
+    assert "Traceback" not in text
+    return lines[0].removeprefix("rope-export: error: ")
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
@@ -113,6 +196,7 @@ def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
     """Run the command in this process, which has loaded PyTorch; the exit code."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = set(sys.modules)
 
     def run_here(*arguments: str) -> int:
@@ -122,40 +206,92 @@ def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
         return stopped.value.code
 
     yield run_here
-    for name in {"user", "sibling", "broken"} & (set(sys.modules) - before):
+    for name in {"user", "sibling", "broken", "other", "package", "package.models"} & (
+        set(sys.modules) - before
+    ):
         del sys.modules[name]
 
 
-def test_a_file_is_exported_and_proven(folder):
-    result = run(folder, "user.py:factory", *DYNAMIC, "--json")
-    assert result.returncode == 0, result.stderr
-    report = json.loads(result.stdout)  # what the file prints is not on stdout
-    assert "from the user's file" in result.stderr
+def test_a_file_is_exported_and_proven(folder, run_here, capfd):
+    assert run_here("user.py:factory", *DYNAMIC, "--json") == 0
+    out, err = capfd.readouterr()
+    report = json.loads(out)
+    assert "printed by the file" in err
     assert report["passed"]
     assert report["graph"]["ranges"] == {"batch": [1, None], "sequence": [1, 40]}
     assert {"one token", "longest"} <= {case["name"] for case in report["cases"]}
     artifact = folder / "exported" / "user"
     assert report["path"] == str(artifact.relative_to(folder))
     assert str(folder) not in (artifact / "config.json").read_text()
-    replayed = subprocess.run(
-        [*COMMAND, "validate", str(artifact)], capture_output=True, text=True, check=False
-    )
-    assert replayed.returncode == 0, replayed.stderr
 
 
-def test_a_module_is_found_by_its_name(folder):
-    result = run(folder, "user:with_shapes", "--target=onnx", "--no-validate", "--out=here/x")
-    assert result.returncode == 0, result.stderr
-    assert "NOT VALIDATED" in result.stdout
+def test_a_module_is_found_by_its_name(folder, run_here, capfd):
+    assert run_here("user:with_shapes", "--target=onnx", "--no-validate", "--out=here/x") == 0
+    assert "NOT VALIDATED" in capfd.readouterr().out
     config = json.loads((folder / "here" / "x" / "config.json").read_text())
     assert config["module"]["inputs"] == {"input_ids": ["1", "sequence"]}
 
 
-def test_a_mapping_says_what_export_is_given(folder):
-    result = run(folder, "user.py:as_mapping", "--no-validate")
-    assert result.returncode == 0, result.stderr
+def test_a_mapping_says_what_export_is_given(folder, run_here):
+    assert run_here("user.py:as_mapping", "--no-validate") == 0
     config = json.loads((folder / "exported" / "user" / "config.json").read_text())
     assert config["module"]["outputs"] == {"scores": ["1", "7", "32"]}
+
+
+def test_stdout_is_the_report_whatever_is_printed(folder):
+    options = ("--dynamic", "x:0=batch", "--dynamic", "x:-2=length", "--range", "length=2:40")
+    result = run(folder, "user.py:shouting", *options, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["passed"]
+    assert report["graph"]["ranges"] == {"batch": [1, None], "length": [2, 40]}
+    assert {case["sequence"] for case in report["cases"]} >= {2, 13, 40}
+    for said in ("by the file", "to the descriptor", "by a child", "to the real stdout"):
+        assert said in result.stderr
+
+
+def test_the_same_bytes_anywhere_replayed_without_torch(folder, tmp_path_factory):
+    other = Path(shutil.copytree(folder, tmp_path_factory.mktemp("other") / "x"))
+    for place, seed in ((folder, "1"), (other, "2")):
+        options = ("--target", "primitive", "--dynamic", "x:0=n")
+        result = run(place, "package.models:made", *options, PYTHONHASHSEED=seed)
+        assert result.returncode == 0, result.stderr
+        assert [path.name for path in (place / "exported").iterdir()] == ["models"]
+    made = tree(folder / "exported")
+    assert made == tree(other / "exported")
+    assert not [name for name, content in made.items() if str(folder).encode() in content]
+    options = json.loads(made["models/config.json"])["options"]
+    assert options["factory"] == "package.models:made"
+    result = in_python(
+        folder,
+        "import sys; sys.modules['torch'] = None\n"
+        "from rope_export._cli import run\n"
+        "run(['validate', 'exported/models', '--json'])",
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["passed"]
+
+
+FACTORIES = {
+    "package.models:made": "models",
+    "package:plain": "package",
+    "user:plain": "user",
+    "./user.py:Models.small": "user",
+    "package/models.py:made": "models",
+}
+
+
+def test_where_factories_are_and_what_their_artifacts_are_called(folder):
+    code = (
+        "from rope_export._cli.factory import name_of, request_of\n"
+        f"for name in {list(FACTORIES)!r}:\n"
+        "    request = request_of(name)\n"
+        "    print(name, name_of(name), type(request['module']).__name__, len(request['args']))"
+    )
+    result = in_python(folder, code)
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if not line.startswith("printed")]
+    assert lines == [f"{name} {called} Plain 1" for name, called in FACTORIES.items()]
 
 
 @pytest.mark.parametrize(
@@ -184,23 +320,70 @@ def test_a_mapping_says_what_export_is_given(folder):
         (["user.py:factory", *DYNAMIC, "--range", "batch"], "must be LABEL=MIN:MAX"),
         (["user.py:with_shapes", *DYNAMIC], "give one"),
         (["user.py:factory", *DYNAMIC, "--seq", "41"], "--seq must be at most the 40 positions"),
+        (["user.py:with_argument"], "must be a function without arguments: missing a required"),
+        (["user.py:with_a_module_that_leaves"], "its module raises SystemExit: 7"),
+        (["user.py:batched", "--dynamic", "x:0=batch"], "Batched works with size 2 only"),
+        (["user.py:plain", "--dynamic", "x:1=2*n", "--range", "2*n=2:8"], "got '2*n'"),
+        (["user.py:plain", "--dynamic", "x:0=b", "--range", "b=:1"], "at most 1, and is 2 in"),
+        (["user.py:plain", "--out", "."], "is the current folder"),
+        (["user.py:plain", "--out", "sibling.py"], "sibling.py: is not a folder"),
+        (["user.py:plain", "--out", "package"], "not part of an artifact"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
 def test_bad_input_is_one_line_and_exit_2(folder, run_here, capfd, arguments, says):
-    before = sorted(folder.iterdir())
+    before = tree(folder)
     assert run_here(*arguments) == 2
     out, err = capfd.readouterr()
-    lines = [line for line in err.splitlines() if line.startswith("rope-export: error: ")]
-    assert len(lines) == 1, err
-    assert says in lines[0]
-    assert "Traceback" not in err
+    assert says in error_line(err)
     assert out == ""
-    after = [path for path in sorted(folder.iterdir()) if path.name != "__pycache__"]
-    assert after == before
+    if "--out" in arguments:  # before the file is run
+        assert "running" not in err
+    assert tree(folder) == before
 
 
-def test_a_defect_is_exit_1(folder):
+USAGE = [
+    (["--dynamic", "x:0=b", "--dynamic", "x:0=c"], "--dynamic x:0=c: x:0 is given twice"),
+    (["--dynamic", "x:0=b", "--range", "b=1:4", "--range", "b=:5"], "--range b=:5: b is given"),
+    (["--dynamic", "x:0=b", "--range", "b=1:1"], "--range b=1:1: is one size"),
+    (["--dynamic", "x:0=b", "--range", "b=0:0"], "--range b=0:0: is one size"),
+    (["--dynamic", "x:0=b", "--range", "b=-1:3"], "--range b=-1:3: must be LABEL=MIN:MAX"),
+    (["--dynamic", "x:0=b", "--range", "b=:"], "--range b=:: must be LABEL=MIN:MAX"),
+    (["--dynamic", "x:=b"], "--dynamic x:=b: must be NAME:AXIS=LABEL"),
+    (["--dynamic", "x:0="], "--dynamic x:0=: must be NAME:AXIS=LABEL"),
+    (["--seq", "0"], "--seq"),
+    (["--padding", "top"], "--padding"),
+    (["surplus"], "surplus"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), USAGE, ids=lambda v: v[-1] if v else "")
+def test_wrong_options_are_refused_before_anything_is_run(folder, arguments, says):
+    """Not even PyTorch is loaded, nor is the user's file."""
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'onnx', 'onnxruntime', 'numpy'): sys.modules[name] = None\n"
+        "from rope_export._cli import run\n"
+        f"run(['module', 'user.py:plain', *{arguments!r}])"
+    )
+    result = in_python(folder, code)
+    assert result.returncode == 2, result.stderr
+    assert says in error_line(result.stderr)
+    assert result.stdout == ""
+
+
+def test_a_provider_that_does_not_load_is_exit_3(folder):
+    if runtime.unavailable_reason("cuda") is None:
+        pytest.skip("CUDA loads here")
+    before = tree(folder)
+    result = run(folder, "user.py:plain", "--provider", "cuda")
+    assert result.returncode == 3, result.stderr
+    assert "cuda" in error_line(result.stderr)
+    assert "running" not in result.stderr
+    assert tree(folder) == before
+
+
+def test_a_defect_is_exit_1(folder, run_here, capfd):
     """A module that is another at one token, which its graph is not."""
     (folder / "other.py").write_text(
         "import torch\n"
@@ -210,9 +393,8 @@ def test_a_defect_is_exit_1(folder):
         "def factory():\n"
         "    return Model(), torch.randn(2, 5)\n"
     )
-    result = run(folder, "other.py:factory", "--dynamic", "x:1=length")
-    assert result.returncode == 1, result.stderr
-    assert "FAILED       cpu: one token [2, 1]" in result.stdout
+    assert run_here("other.py:factory", "--dynamic", "x:1=length") == 1
+    assert "FAILED       cpu: one token [2, 1]" in capfd.readouterr().out
     report = json.loads((folder / "exported" / "other" / "report.json").read_text())
     assert report["passed"] is False
 
