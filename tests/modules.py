@@ -345,3 +345,25 @@ GRAPH_MUTANTS: tuple[GraphMutation, ...] = (
     mask_ignored,
     rotation_dropped_in_one_layer,
 )
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_past(new: int, *, dtype: torch.dtype = torch.int64) -> tuple[Any, ...]:
+    pair = drawn(2, 2, 3, 16), drawn(2, 2, 3, 16, seed=1)
+    return drawn(2, new, 32), torch.ones(2, 3 + new, dtype=dtype), pair
+
+
+def linear(self: Any, x: Tensor) -> Tensor:
+    return self.linear(x)
+
+
+ONE = {0: "batch", 1: "sequence"}
+AXES = {0: "b", 1: "s"}
+X, Y, Z = drawn(3, 5, 4), drawn(3, 5, 4, seed=1), drawn(3, 5, 4, seed=2)
