@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,17 +48,12 @@ def inspect(path: Path, family: str | None, as_json: bool) -> None:
     PyTorch need not be installed for graphs.
     """
     document, rows = _inspected(path, family)
-    try:
+    with show.to_stdout():
         if as_json:
             click.echo(json.dumps({"path": str(path), **document}, indent=2, allow_nan=False))
         else:
             for label, text in rows:
                 click.echo(f"{label:<12} {text}".rstrip())
-        sys.stdout.flush()
-    except BrokenPipeError as error:
-        raise show.ReaderGoneError from error
-    except OSError as error:
-        raise show.OutputError(f"stdout: {error.strerror}") from error
 
 
 def _inspected(path: Path, family: str | None) -> tuple[dict[str, Any], Iterable[Row]]:

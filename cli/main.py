@@ -13,6 +13,7 @@ from rope_export.errors import BadInputError, ExportError, ProviderUnavailableEr
 
 from . import show
 from .block import block
+from .doctor import doctor
 from .inspect import inspect
 from .interrupts import MESSAGE, StoppedError, clean_interrupts
 from .module import module
@@ -28,11 +29,12 @@ def main() -> None:
 
     \b
     Exit codes: 0 exported and proven, 1 a comparison failed, 2 bad usage or input,
-    3 a provider asked for by name cannot be used here.
+    3 a provider asked for by name cannot be used here, or doctor found a problem.
     """
 
 
 main.add_command(block)
+main.add_command(doctor)
 main.add_command(inspect)
 main.add_command(module)
 main.add_command(validate)

@@ -6,6 +6,8 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -34,6 +36,26 @@ class ReaderGoneError(Exception):
     """Whoever read stdout has gone, as ``head`` does."""
 
 
+@contextmanager
+def to_stdout(kept: str = "") -> Iterator[None]:
+    """Print inside, and have it written at the end.
+
+    Args:
+        kept: said where it cannot be: what there is all the same.
+
+    Raises:
+        ReaderGoneError: the reader of stdout has gone.
+        OutputError: stdout cannot be written.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError as error:  # click itself would exit with 1: "a comparison failed"
+        raise ReaderGoneError from error
+    except OSError as error:
+        raise OutputError(f"stdout: {error.strerror}{kept}") from error
+
+
 def show(report: Report, path: Path, *, as_json: bool, origin: str = "", then: str = "") -> None:
     """Print the report, with where the block came from and what to do next.
 
@@ -41,7 +63,7 @@ def show(report: Report, path: Path, *, as_json: bool, origin: str = "", then: s
         ReaderGoneError: the reader of stdout has gone.
         OutputError: stdout cannot be written.
     """
-    try:
+    with to_stdout(f"; the artifact is at {path}"):
         if as_json:
             print_json(report, path)
         else:
@@ -50,11 +72,6 @@ def show(report: Report, path: Path, *, as_json: bool, origin: str = "", then: s
             print_report(report, path)
             if then and report.passed:
                 click.echo(f"next: {then}")
-        sys.stdout.flush()
-    except BrokenPipeError as error:  # click itself would exit with 1: "a comparison failed"
-        raise ReaderGoneError from error
-    except OSError as error:
-        raise OutputError(f"stdout: {error.strerror}; the artifact is at {path}") from error
 
 
 def finish(report: Report, out: Path, *, as_json: bool, origin: str = "") -> NoReturn:
@@ -88,6 +105,11 @@ def print_report(report: Report, path: Path) -> None:
     rows += [("at run time", branch) for branch in graph["branches"]]
     for label, text in rows:
         click.echo(f"{label:<12} {text}")
+    for runner in graph.get("race", []):
+        times = ", ".join(f"{phase} {ms:.4g} ms" for phase, ms in runner["milliseconds"].items())
+        won = "  <- kept" if runner["won"] else ""
+        name = f"{runner['target']}, {runner['form']}"
+        click.echo(f"{'race':<12} {name:<28} {runner['out'] or times}{won}")
     if report.validated:
         click.echo()
         _print_providers(report)

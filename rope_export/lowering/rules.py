@@ -15,12 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
 
 from rope_export.errors import BadInputError
+from rope_export.targets import OPSETS as OPSETS
+from rope_export.targets import TARGETS as TARGETS
+from rope_export.targets import TargetName as TargetName
 
 if TYPE_CHECKING:
     from rope_export.attention import Attention
 
-TargetName = Literal["ort", "onnx", "primitive"]
-TARGETS: tuple[str, ...] = get_args(TargetName)
 Provider = Literal["cpu", "cuda"]
 PROVIDERS: tuple[str, ...] = get_args(Provider)
 DTYPES: tuple[str, ...] = ("float32", "float16", "bfloat16")
@@ -29,8 +30,6 @@ DTYPES: tuple[str, ...] = ("float32", "float16", "bfloat16")
 # that GroupQueryAttention's whole triangle is as fast.
 SMALLEST_BLOCK = 128
 BLOCKS_TO_WIN = 4
-
-OPSETS: dict[str, int] = {"ort": 23, "onnx": 23, "primitive": 18}
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,22 @@ class Situation:
             and self.window > 0
             and self.longest > BLOCKS_TO_WIN * self.window_block
         )
+
+
+# What is spoken of where no block is given: causal, with grouped heads.
+PLAIN = Situation(
+    provider="cpu",
+    dtype="float32",
+    num_heads=16,
+    num_kv_heads=8,
+    head_dim=64,
+    rotary_dim=64,
+    causal=True,
+    tabled=True,
+    implied_positions=True,
+    longest=16384,
+    value_head_dim=64,
+)
 
 
 def situations(
@@ -368,19 +383,37 @@ def broken_limits(form: Form, situations: list[Situation], *, to_run: bool = Fal
     ]
 
 
-def choose(target: str, situations: list[Situation]) -> Choice:
+def legal_forms(target: str, situations: list[Situation]) -> list[str]:
+    """Names of the forms of ``target`` that run and are right, also where another is faster."""
+    situations = _together(situations)
+    return [f.name for f in FORMS[target] if not broken_limits(f, situations, to_run=True)]
+
+
+def _together(situations: list[Situation]) -> list[Situation]:
+    if len(situations) == 1:
+        return situations
+    return [replace(situation, alone=False) for situation in situations]
+
+
+def choose(target: str, situations: list[Situation], form: str | None = None) -> Choice:
     """Choose the best legal form of ``target`` for the same block on one or more providers.
+
+    Args:
+        target: one of `TARGETS`.
+        situations: the block, once for each provider.
+        form: take the form of this name, one of `legal_forms`, instead of the best.
 
     Raises:
         BadInputError: none is legal; the message says why.
     """
-    if len(situations) > 1:
-        situations = [replace(situation, alone=False) for situation in situations]
+    situations = _together(situations)
     passed_over: list[str] = []
-    for form in FORMS[target]:
-        broken = broken_limits(form, situations)
+    for each in FORMS[target]:
+        if form is not None and each.name != form:
+            continue
+        broken = broken_limits(each, situations, to_run=form is not None)
         if not broken:
-            return _taken(form, situations, tuple(dict.fromkeys(passed_over)))
+            return _taken(each, situations, tuple(dict.fromkeys(passed_over)))
         passed_over.append(broken[0])
     raise BadInputError(
         f"target {target} with dtype {situations[0].dtype} is not possible for provider "
@@ -393,7 +426,8 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
     on_cpu = any(s.provider == "cpu" for s in situations)
     # Control flow keeps CUDA from capturing a graph, and its kernel computes windows only.
     by_rows = form.packs_rows and one.cache and on_cpu
-    in_blocks = form.packs_rows and all(s.by_blocks for s in situations)
+    # Blocks have a first key that is not the row's: their heads are rotated before.
+    in_blocks = form.packs_rows and bool(form.rotation) and all(s.by_blocks for s in situations)
     block = one.window_block if in_blocks else 0
     branches, limits = [], []
     if by_rows:

@@ -9,21 +9,8 @@ from dataclasses import replace
 
 from rope_export.errors import BadInputError
 from rope_export.lowering import rules
-from rope_export.lowering.rules import Choice, Form, Situation
+from rope_export.lowering.rules import Choice, Form
 
-_PLAIN = Situation(
-    provider="cpu",
-    dtype="float32",
-    num_heads=16,
-    num_kv_heads=8,
-    head_dim=64,
-    rotary_dim=64,
-    causal=True,
-    tabled=True,
-    implied_positions=True,
-    longest=16384,
-    value_head_dim=64,
-)
 _FEATURES: dict[str, dict[str, object]] = {
     "causal, grouped heads": {},
     "`--cache`": {"cache": True, "mask": True},
@@ -106,7 +93,7 @@ def _cell(
     reasons: dict[str, int],
 ) -> str:
     provider, dtype = column
-    situation = replace(_PLAIN, **feature, provider=provider, dtype=dtype)  # type: ignore[arg-type]
+    situation = replace(rules.PLAIN, **feature, provider=provider, dtype=dtype)  # type: ignore[arg-type]
     try:
         choice = rules.choose(target, [situation])
     except BadInputError as error:  # no feature here is without a form on every target
@@ -119,13 +106,13 @@ def _cell(
 
 def _form(form: Form) -> str:
     rotation = "inside" if form.rotation is None else f"`{form.rotation.removeprefix('::')}`"
-    memory = "on cpu: none" if not form.score_copies(_PLAIN) else "on cpu: all pairs of tokens"
+    memory = "on cpu: none" if not form.score_copies(rules.PLAIN) else "on cpu: all pairs of tokens"
     attention = form.attention.removeprefix("::")
     return f"| {_SHORT[form.name]} | `{attention}` | {rotation} | {memory} |"
 
 
 def _branches() -> list[str]:
-    cached = replace(_PLAIN, cache=True, mask=True, window=512)
+    cached = replace(rules.PLAIN, cache=True, mask=True, window=512)
     on_cuda = replace(cached, provider="cuda", dtype="float16")
     choices: list[Choice] = [rules.choose("ort", [cached]), rules.choose("ort", [on_cuda])]
     return [text for choice in choices for text in (*choice.branches, *choice.limits)]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import onnxruntime
 
 ENDPOINTS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+CUDA_LIBRARY = "libonnxruntime_providers_cuda.so"
 # fp32 is compared with fp32: onnxruntime would use TF32 tensor cores on CUDA otherwise.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 
@@ -30,12 +31,27 @@ def onnxruntime_module() -> Any:
     return onnxruntime
 
 
+def library_folder() -> Path:
+    """Where onnxruntime keeps the libraries of its providers."""
+    return Path(onnxruntime_module().__file__).parent / "capi"
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the runtime's own messages off the user's terminal; our errors say what matters."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         onnxruntime_module().set_default_logger_severity(4)
         yield
+
+
+def check_name(provider: str) -> None:
+    """Check that there is such a provider, here or elsewhere.
+
+    Raises:
+        BadInputError: there is not.
+    """
+    if provider not in ENDPOINTS:
+        raise BadInputError(f"provider must be one of {', '.join(ENDPOINTS)}, got {provider!r}")
 
 
 @functools.cache
@@ -45,8 +61,7 @@ def unavailable_reason(provider: str) -> str | None:
     A provider that is listed is not taken at its word: its library is loaded and a session is
     opened on it.
     """
-    if provider not in ENDPOINTS:
-        raise BadInputError(f"provider must be one of {', '.join(ENDPOINTS)}, got {provider!r}")
+    check_name(provider)
     if provider == "cpu":
         return None
     ort = onnxruntime_module()
@@ -56,16 +71,16 @@ def unavailable_reason(provider: str) -> str | None:
     with quiet():
         if hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
-    folder = Path(ort.__file__).parent / "capi"
+    folder = library_folder()
     if sys.platform == "linux":
         # The runtime only logs a library that does not load, and falls back: ask the loader.
         try:
-            for name in ("libonnxruntime_providers_shared.so", "libonnxruntime_providers_cuda.so"):
+            for name in ("libonnxruntime_providers_shared.so", CUDA_LIBRARY):
                 ctypes.CDLL(str(folder / name), mode=ctypes.RTLD_GLOBAL)
         except OSError as error:
             return f"onnxruntime {ort.__version__} lists {endpoint} but it does not load: {error}"
     try:
-        session = open_session(_tiny_model(), provider)
+        session = open_session(tiny_model(), provider)
     except Exception as error:
         return f"{endpoint} does not start: {first_line(error)}"
     if endpoint not in session.get_providers():
@@ -85,16 +100,18 @@ def require(provider: str) -> None:
         raise ProviderUnavailableError(f"provider {provider} cannot be used here: {reason}")
 
 
-def _tiny_model() -> bytes:
+def tiny_model(*, opset: int = 18, ir_version: int = 10) -> bytes:
+    """The smallest graph there is, to see whether it opens."""
     from onnx import TensorProto, helper
 
     value = functools.partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=[1])
     graph = helper.make_graph(
         [helper.make_node("Relu", ["x"], ["y"])], "g", [value("x")], [value("y")]
     )
-    opset = [helper.make_opsetid("", 18)]
-    model: bytes = helper.make_model(graph, opset_imports=opset, ir_version=10).SerializeToString()
-    return model
+    opsets = [helper.make_opsetid("", opset)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=ir_version)
+    content: bytes = model.SerializeToString()
+    return content
 
 
 def open_session(
