@@ -166,10 +166,10 @@ def _unrotate_fused(model: onnx.ModelProto, gqa: onnx.NodeProto, which: int) -> 
     model.graph.initializer.append(numpy_helper.from_array(np.array([0], dtype=np.int64), "axis"))
     parts = ["q_part", "k_part", "v_part"]
     rotated = 1 - which
-    (total,) = [n for n in model.graph.node if n.op_type == "Squeeze"]
+    (total,) = [n.input[0] for n in model.graph.node if gqa.input[6] in n.output]  # as int64
     new = [
         helper.make_node("Split", [gqa.input[0], "widths"], parts, axis=-1),
-        helper.make_node("Range", ["zero", total.output[0], "one"], ["positions"]),
+        helper.make_node("Range", ["zero", total, "one"], ["positions"]),
         helper.make_node("Unsqueeze", ["positions", "axis"], ["row"]),
         helper.make_node("Shape", [gqa.input[0]], ["batch_and_length"], start=0, end=2),
         helper.make_node("Expand", ["row", "batch_and_length"], ["ids"]),
