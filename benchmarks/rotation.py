@@ -26,10 +26,10 @@ from typing import Any
 
 import click
 import torch
-from contenders import seconds
 from rotary_embedding_torch import (  # type: ignore[import-untyped]
     RotaryEmbedding as OtherRotary,
 )
+from timing import seconds
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 

@@ -44,7 +44,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
-from contenders import cpu_name, seconds
+from timing import seconds
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -55,6 +55,7 @@ from rope_export.frequencies import Frequencies
 from rope_export.pairs import Layout
 from rope_export.reference import exact_angles, rotate_exactly
 from rope_export.rotation import repeat_for_pairs, swap_pairs
+from rope_export.runtime import Machine
 from rope_export.synthetic import random_block
 
 Pair = tuple[Tensor, Tensor]
@@ -690,7 +691,7 @@ def main(
             "benchmark": "train",
             "date": date.today().isoformat(),
             "machine": {
-                "cpu": cpu_name(),
+                "cpu": Machine.this().cpu,
                 "cpus": os.cpu_count(),
                 "threads": torch.get_num_threads(),
                 "capability": torch.backends.cpu.get_cpu_capability(),

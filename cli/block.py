@@ -63,7 +63,7 @@ Examples:
     help="Take positions as an input [batch, sequence] instead of 0, 1, 2, …; [axes, batch, "
     "sequence] with mrope and axial.",
 )
-@target_option()
+@target_option(auto=True)
 @provider_option(PROVIDERS_OF_AN_EXPORT)
 @click.option("--static", is_flag=True, help="One batch and length instead of dynamic ones.")
 @click.option(
@@ -116,6 +116,8 @@ def block(
             runtime.require(provider)
     if batch is not None and not static:
         raise click.UsageError(f"--batch {batch} is for static graphs: give --static too")
+    if target == "auto" and no_validate:
+        raise click.UsageError("--target auto keeps what is proven: leave out --no-validate")
     source = Source.read(context, of_the_block)
     out = out or Path("exported") / source.name
     steps("loading PyTorch")

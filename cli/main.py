@@ -12,6 +12,7 @@ import rope_export
 from rope_export.errors import BadInputError, ExportError, ProviderUnavailableError
 
 from . import show
+from .bench import bench
 from .block import block
 from .doctor import doctor
 from .inspect import inspect
@@ -33,6 +34,7 @@ def main() -> None:
     """
 
 
+main.add_command(bench)
 main.add_command(block)
 main.add_command(doctor)
 main.add_command(inspect)

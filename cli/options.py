@@ -88,14 +88,16 @@ def json_option() -> Callable[[F], F]:
     )
 
 
-def target_option() -> Callable[[F], F]:
-    """``--target``."""
+def target_option(*, auto: bool = False) -> Callable[[F], F]:
+    """``--target``, with ``auto`` where lowerings can be raced."""
+    raced = " auto times every legal lowering here and keeps the fastest that is proven."
     return click.option(
         "--target",
-        type=click.Choice(["ort", "onnx", "primitive"]),
+        type=click.Choice(["ort", "onnx", "primitive", *(["auto"] if auto else [])]),
         default="ort",
         show_default=True,
-        help="Operators: onnxruntime's fused ones, standard ONNX opset 23, or opset 18 arithmetic.",
+        help="Operators: onnxruntime's fused ones, standard ONNX opset 23, or opset 18 arithmetic."
+        + (raced if auto else ""),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import rope_export
 from rope_export import artifact, graph, runtime
 from rope_export.attention import Attention
 from rope_export.errors import BadInputError
+from rope_export.lowering import rules
 from rope_export.plan import Plan
+from rope_export.race import Runner, race
 from rope_export.report import Report
 from rope_export.subjects.base import Subject, evaluating
 from rope_export.subjects.block import BlockSubject
@@ -23,6 +26,8 @@ from rope_export.subjects.module import ModuleSubject
 from rope_export.subjects.request import DrawInputs, DynamicShapes, ModuleRequest
 from rope_export.trial import Progress, Trial, silent
 from rope_export.validator import prove
+
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,9 @@ def export(
             examples (numbers spread as they are there, integers from those that occur).
         output_names: of the outputs that are no cache, in order.
         target: ``"ort"`` (onnxruntime's fused operators), ``"onnx"`` (standard opset 23) or
-            ``"primitive"`` (opset 18 arithmetic).
+            ``"primitive"`` (opset 18 arithmetic); of a block also ``"auto"``: every legal lowering
+            is proven and timed here, on the first of ``providers`` and at the longest sequence,
+            and the fastest is kept.
         providers: the execution providers the graph must be legal on.
         max_seq_len: longest sequence served (default: the shortest table of a RotaryEmbedding
             inside, else the largest ``max`` of a ``Dim``, or 4096).
@@ -148,14 +155,25 @@ def export(
         "batch": batch,
     }
     subject: Subject
+    runners: list[Runner] = []
+    first = rules.TARGETS[0] if target == AUTO else target
     if args is None and kwargs is None:
         if not isinstance(module, Attention) or not _takes_what_a_block_takes(module):
             raise BadInputError(
                 f"args must be example inputs of {type(module).__name__}, got None (only an "
                 "Attention itself is exported without)"
             )
-        subject = BlockSubject(module, Plan.checked(module, **common, **of_a_block))
+        plan = Plan.checked(module, **common | {"target": first}, **of_a_block)
+        if target == AUTO:
+            validate = True
+            plan, runners = race(module, plan, partial(_is_proven, module), progress)
+        subject = BlockSubject(module, plan)
     else:
+        if target == AUTO:
+            raise BadInputError(
+                "target auto is of an Attention exported alone, got it with args: name one of "
+                f"{', '.join(rules.TARGETS)}"
+            )
         defaults = {"static": False, "batch": 1}
         for name, value in of_a_block.items():
             if value != defaults.get(name, False):
@@ -176,7 +194,13 @@ def export(
     if validate:
         for provider in validate_on:
             runtime.require(provider)
-    return _write(subject, Path(path), options or {}, validate, tuple(validate_on), progress)
+    return _write(
+        subject, Path(path), options or {}, validate, tuple(validate_on), progress, runners
+    )
+
+
+def _is_proven(block: Attention, plan: Plan, folder: Path) -> bool:
+    return _write(BlockSubject(block, plan), folder, {}, True, plan.providers, silent).report.passed
 
 
 def _takes_what_a_block_takes(block: Attention) -> bool:
@@ -197,6 +221,7 @@ def _write(
     validate: bool,
     validate_on: tuple[str, ...],
     progress: Progress,
+    runners: Sequence[Runner] = (),
 ) -> ExportResult:
     with artifact.staged(path) as folder, evaluating(subject.module):
         progress(f"tracing and lowering to {subject.target}")
@@ -212,6 +237,7 @@ def _write(
             "runs_on": subject.runs_on(),
             **built.facts,
             **graph.description(built.model, folder),
+            **({"race": [runner.to_json() for runner in runners]} if runners else {}),
         }
         config = {
             "format": artifact.FORMAT,

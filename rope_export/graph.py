@@ -75,7 +75,12 @@ def _optimize(model: ir.Model, learned: Collection[str]) -> None:
     """What ``onnxscript.optimizer.optimize`` does, which also merges weights that are equal."""
     common_passes.InlinePass()(model)
     for _ in range(_FOLDS):
-        optimizer.fold_constants(model, input_size_limit=_NO_LIMIT, output_size_limit=_NO_LIMIT)
+        optimizer.fold_constants(
+            model,
+            onnx_shape_inference=True,
+            input_size_limit=_NO_LIMIT,
+            output_size_limit=_NO_LIMIT,
+        )
         rewriter.rewrite(model)
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)

@@ -29,6 +29,7 @@ class Plan:
         cache: whether past keys and values come in and present ones go out.
         attention_mask: whether a mask comes in, as it always does with ``cache``.
         padding: the side on which prompts are padded.
+        form: name of the form taken, or None: the best one that is legal.
         static: one batch and length instead of dynamic ones.
         batch: rows of a static graph.
         seed: of the inputs of the proof.
@@ -45,6 +46,7 @@ class Plan:
     cache: bool = False
     attention_mask: bool = False
     padding: str = "right"
+    form: str | None = None
 
     @classmethod
     def checked(
@@ -61,6 +63,7 @@ class Plan:
         cache: bool = False,
         attention_mask: bool = False,
         padding: str = "right",
+        form: str | None = None,
     ) -> Plan:
         """Check a request against the block.
 
@@ -127,6 +130,7 @@ class Plan:
             cache,
             attention_mask or cache,
             padding,
+            form,
         )
         plan.choose(block)
         return plan
@@ -150,7 +154,7 @@ class Plan:
         Raises:
             BadInputError: the target has none that is legal.
         """
-        return rules.choose(self.target, self.situations(block, self.providers))
+        return rules.choose(self.target, self.situations(block, self.providers), self.form)
 
     def runs_on(self, block: Attention) -> dict[str, str | None]:
         """For every provider, why it lacks the chosen form's operators, or None."""

@@ -178,6 +178,25 @@ def _verdict(report: Report) -> str:
     return "FAILED: nothing was compared"
 
 
+def _race(runners: list[dict[str, Any]]) -> list[str]:
+    """All lowerings that were timed, and why others were not."""
+    if not runners:
+        return []
+    lines = ["## Race", "", "| lowering | attention | rotation | median of a step | peak memory |"]
+    lines += ["|---|---|---|---|---|"]
+    for runner in runners:
+        times, peaks = (
+            ", ".join(f"{phase} {value:.4g} {unit}" for phase, value in runner[key].items())
+            for key, unit in (("milliseconds", "ms"), ("peak_extra_mib", "MiB"))
+        )
+        name = f"{runner['target']}, {runner['form']}"
+        lines.append(
+            f"| {f'**{name}**' if runner['won'] else name} | {runner['attention']} "
+            f"| {runner['rotation'] or 'within'} | {runner['out'] or times} | {peaks} |"
+        )
+    return [*lines, ""]
+
+
 def _markdown(report: Report) -> list[str]:
     graph = report.graph
     lines = [f"# {graph.get('name', 'attention block')}", "", f"**{_verdict(report)}**", ""]
@@ -191,6 +210,7 @@ def _markdown(report: Report) -> list[str]:
     lines += [f"- at run time: {branch}" for branch in graph["branches"]]
     operators = ", ".join(f"{count} `{name}`" for name, count in graph["ops"].items())
     lines += [f"- operators: {operators}", f"- `model.onnx` SHA-256 `{graph['sha256']}`", ""]
+    lines += _race(graph.get("race", []))
     lines += ["## Providers", "", "| provider | status | nodes really placed |", "|---|---|---|"]
     for name, status in report.providers.items():
         placed = ", ".join(f"{n} on {ep}" for ep, n in status.nodes.items()) or "none"

@@ -52,6 +52,7 @@ class Target:
         providers: some of `rules.PROVIDERS`.
         longest: longest sequence served.
         padding: the side on which prompts are padded.
+        form: name of the form every attention takes, or None: the best.
         choices: filled while tracing, one entry for each attention lowered.
         lengths: likewise, one entry for each attention and each rotation on its own.
         lacks: likewise, why a provider cannot run what was lowered.
@@ -61,6 +62,7 @@ class Target:
     providers: tuple[str, ...]
     longest: int
     padding: str = "right"
+    form: str | None = None
     choices: list[rules.Choice] = field(default_factory=list)
     lengths: list[Lengths] = field(default_factory=list)
     lacks: dict[str, str] = field(default_factory=dict)
@@ -87,7 +89,7 @@ class Target:
             mask=tokens.attention_mask is not None,
             padding=self.padding,
         )
-        choice = rules.choose(self.name, describe(self.providers))
+        choice = rules.choose(self.name, describe(self.providers), self.form)
         self.choices.append(choice)
         for provider in rules.PROVIDERS:
             broken = rules.broken_limits(choice.form, describe([provider]), to_run=True)

@@ -12,9 +12,10 @@ from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
 from rope_export.runtime.layout import MASK, CacheLayout
 from rope_export.runtime.providers import first_line, onnxruntime_module
-from rope_export.runtime.session import Session, from_ort, to_ort
+from rope_export.runtime.session import Session, from_ort, on_device, to_ort
 
 Array = npt.NDArray[Any]
+State = tuple[Array, Array, list[Any]]
 
 
 class Decoder:
@@ -117,6 +118,19 @@ class Decoder:
     def lengths(self) -> tuple[int, ...]:
         """Tokens in each row's cache."""
         return tuple(int(n) for n in self._lengths)
+
+    def state(self) -> State:
+        """The tokens added so far, to go back to with `restore`."""
+        return self._lengths.copy(), self._mask, self._buffers
+
+    def restore(self, state: State) -> None:
+        """Forget the tokens added since a `state`: drafts that were refused, other branches.
+
+        With one buffer for past and present, only states from which no other tokens were added in
+        between can be gone back to: later tokens take the place of earlier ones.
+        """
+        lengths, self._mask, self._buffers = state
+        self._lengths = lengths.copy()
 
     def reset(self) -> None:
         """Forget all tokens; the buffers are kept."""
@@ -397,13 +411,7 @@ def _check_capturable(provider: str, layout: CacheLayout) -> None:
 
 
 def _zeros(shape: tuple[int, ...], decoder: Decoder) -> Any:
-    return _on_device(np.zeros(shape, dtype=decoder._cache_dtype), decoder.session.provider)
-
-
-def _on_device(array: Array, provider: str) -> Any:
-    if provider == "cpu":
-        return to_ort(array)
-    return onnxruntime_module().OrtValue.ortvalue_from_numpy(array, provider, 0)
+    return on_device(np.zeros(shape, dtype=decoder._cache_dtype), decoder.session.provider)
 
 
 def _columns(ids: Array | None, index: int) -> Array | None:

@@ -141,6 +141,20 @@ def to_ort(array: Array) -> Any:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
+def on_device(array: Array, provider: str) -> Any:
+    """An array as an input that lies where ``provider`` runs; on the CPU it must stay alive."""
+    if provider == "cpu":
+        return to_ort(array)
+    ort = onnxruntime_module()
+    array = np.asarray(array, order="C")
+    if array.dtype.name == "bfloat16":
+        from onnx import TensorProto
+
+        bits = array.view(np.uint16)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array, provider, 0)
+
+
 def from_ort(value: Any) -> Array:
     """Copy a value out of onnxruntime."""
     if value.data_type() != "tensor(bfloat16)":

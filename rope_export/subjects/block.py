@@ -93,7 +93,7 @@ def build_model(block: Attention, plan: Plan) -> tuple[ir.Model, rules.Choice]:
     Raises:
         ExportError: an axis that was to be dynamic came out fixed or with a narrower range.
     """
-    target = Target(plan.target, plan.providers, plan.longest, plan.padding)
+    target = Target(plan.target, plan.providers, plan.longest, plan.padding, plan.form)
     inputs, outputs = interface(block, plan)
     length = TRACED_LENGTH if plan.cache else min(TRACED_LENGTH, plan.longest)
     sizes = {"batch": TRACED_BATCH, "sequence": length}
