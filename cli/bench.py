@@ -231,7 +231,7 @@ def _of_artifact(folder: Path, source: Source, longest: int) -> tuple[Attention,
         block = source.make(int(options.get("max_seq_len", longest)), 0)
     else:
         block = block_of_artifact(folder)
-    serves = found.config["export"].get("max_seq_len", longest)
+    serves = found.config["export"]["longest"]
     if longest > serves:
         raise BadInputError(
             f"lengths must be at most the {serves} tokens that {folder} serves, got {longest}"

@@ -27,7 +27,8 @@ Progress = Callable[[str], None]
 
 PHASES = ("prefill", "decode")
 CONTENDERS = ("eager", "compile", "plain", "ort", "onnx", "primitive")
-OURS = ("ort", "onnx", "primitive", "artifact")
+OURS = ("ort", "onnx", "primitive")
+GIVEN = "artifact"
 BLOCK, TOKENS, FACTS = "block.pt", "tokens.npy", "facts.json"
 # Tokens that are compared with float64 truth: the last ones, which have seen the most.
 ROWS = 16
@@ -78,7 +79,8 @@ def measure(
 
     given = given or {}
     own = (*OURS, *(name.removesuffix("-cache") for name in given))
-    _check(block, lengths, phases, (*CONTENDERS, *peers.NAMES, *own), contenders)
+    known = dict.fromkeys((*CONTENDERS, *peers.NAMES, *own))
+    _check(block, lengths, phases, tuple(known), contenders)
     runtime.require(provider)
     longest = max(lengths)
     dtype = str(block.dtype).removeprefix("torch.")
@@ -152,7 +154,8 @@ def _check(
         wrong = [each for each in asked if each not in allowed]
         if wrong or not asked:
             raise BadInputError(
-                f"{name} must be some of {', '.join(allowed)}, got {wrong[0] if wrong else 'none'}"
+                f"{name} must be some of {', '.join(allowed)}, got "
+                f"{repr(wrong[0]) if wrong else 'none'}"
             )
 
 
@@ -615,5 +618,5 @@ STEPS: dict[str, Callable[[Job], Step]] = {
     "eager": _eager,
     "compile": _compiled,
     "plain": _plain,
-    **dict.fromkeys(OURS, _ours),
+    **dict.fromkeys((*OURS, GIVEN), _ours),
 }

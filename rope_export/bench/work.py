@@ -15,14 +15,14 @@ def flops(block: Attention, phase: str, length: int, batch: int) -> int:
 
 def pairs(block: Attention, phase: str, length: int) -> int:
     """Queries and the keys they see."""
-    window = length if block.window is None else min(block.window, length)
+    reach = length
+    if block.window is not None:  # which counts the query's own place only where order is causal
+        reach = min(block.window + (not block.causal), length)
     if phase == "decode":
-        return window
-    if not block.causal:
-        before = min(window, length)
-        return length * length if block.window is None else length * min(2 * before - 1, length)
-    # The first ``window`` queries see 1, 2, … keys, the others ``window``.
-    return window * (window + 1) // 2 + (length - window) * window
+        return reach
+    # The first queries see 1, 2, … keys, the others all within reach.
+    before = reach * (reach + 1) // 2 + (length - reach) * reach
+    return before if block.causal else 2 * before - length
 
 
 def least_bytes(block: Attention, phase: str, length: int, batch: int) -> int:

@@ -42,7 +42,7 @@ def _step(job: Job) -> Step:
     if name in block.STEPS:
         return block.STEPS[name](job)
     if any((folder / each / "config.json").exists() for each in (name, f"{name}-cache")):
-        return block.STEPS["artifact"](job)  # a graph that was given under a name of its own
+        return block.STEPS[block.GIVEN](job)  # a graph that was given under a name of its own
     from rope_export.bench import peers  # which, unlike graphs, needs PyTorch
 
     return peers.STEPS[name](job)
