@@ -1,11 +1,12 @@
-"""Shared fixtures: the command line in a process of its own, and one exported block."""
+"""Shared fixtures: the command line, here or in a process of its own, and one exported block."""
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core, so one thread each
@@ -13,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core, so one thread eac
 
 import mutants
 import pytest
+from rope_export._cli import run as run_command
+from torch.onnx._internal.exporter import _registration
 
 from rope_export import ExportResult, export
 
@@ -22,13 +25,49 @@ SMALL = ("--hidden", "64", "--heads", "4", "--kv-heads", "2", "--seq", "48")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def operators_read_once() -> Iterator[None]:
+    """PyTorch reads the sources of all its ONNX functions at every export: a third of its time."""
+    kind = _registration.ONNXRegistry
+    read = functools.cache(kind.from_torchlib)
+
+    def from_torchlib(*given: object, **named: object) -> _registration.ONNXRegistry:
+        known, registry = read(*given, **named), kind()
+        registry._opset_version = known.opset_version
+        registry.functions = {target: [*found] for target, found in known.functions.items()}
+        return registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kind, "from_torchlib", staticmethod(from_torchlib))
+        yield
+
+
 @pytest.fixture
 def cli(tmp_path: Path) -> Run:
-    """Run ``rope-export`` in an empty folder of its own."""
+    """Run ``rope-export`` in a process and an empty folder of its own."""
 
     def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
         options = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 300} | options
         return subprocess.run([*COMMAND, *arguments], check=False, **options)
+
+    return run
+
+
+@pytest.fixture
+def cli_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Run:
+    """The same in this process, which has loaded PyTorch: for all that is not about processes."""
+
+    def run(*arguments: str, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            patch.chdir(cwd)
+            with pytest.raises(SystemExit) as stopped:
+                run_command(list(arguments))
+        out, err = capfd.readouterr()
+        assert isinstance(stopped.value.code, int)
+        return subprocess.CompletedProcess(arguments, stopped.value.code, out, err)
 
     return run
 

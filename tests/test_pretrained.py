@@ -361,8 +361,8 @@ def test_the_readme_has_the_table_of_families():
 
 
 @pytest.mark.usefixtures("folder")
-def test_a_layer_is_exported_proven_and_says_where_it_came_from(cli, tmp_path):
-    result = cli("block", "--from", "checkpoint", "--layer", "2", "--seq", "24")
+def test_a_layer_is_exported_proven_and_says_where_it_came_from(cli_here, tmp_path):
+    result = cli_here("block", "--from", "checkpoint", "--layer", "2", "--seq", "24")
     assert result.returncode == 0, result.stderr
     assert "checkpoint   checkpoint, layer 2 (llama), hidden 32, 4 query and 2" in result.stdout
     assert "PASSED" in result.stdout
@@ -372,7 +372,7 @@ def test_a_layer_is_exported_proven_and_says_where_it_came_from(cli, tmp_path):
     assert (options["layer"], options["family"], options["max_seq_len"]) == (2, "llama", 24)
     assert str(tmp_path) not in (out / "config.json").read_text()
     assert str(tmp_path).encode() not in (out / "model.onnx").read_bytes()
-    assert cli("validate", str(out)).returncode == 0
+    assert cli_here("validate", str(out)).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -387,8 +387,8 @@ def test_a_layer_is_exported_proven_and_says_where_it_came_from(cli, tmp_path):
     ],
 )
 @pytest.mark.usefixtures("folder")
-def test_bad_input_is_one_line_exit_2_and_nothing_written(cli, tmp_path, options, message):
-    result = cli("block", *options)
+def test_bad_input_is_one_line_exit_2_and_nothing_written(cli_here, tmp_path, options, message):
+    result = cli_here("block", *options)
     assert result.returncode == 2
     lines = [line for line in result.stderr.splitlines() if line.startswith("rope-export: error: ")]
     assert len(lines) == 1
