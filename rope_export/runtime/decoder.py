@@ -12,7 +12,7 @@ from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
 from rope_export.runtime.layout import MASK, CacheLayout
 from rope_export.runtime.providers import first_line, onnxruntime_module
-from rope_export.runtime.session import Session, from_ort, on_device, to_ort
+from rope_export.runtime.session import Session, on_device, to_ort
 
 Array = npt.NDArray[Any]
 State = tuple[Array, Array, list[Any]]
@@ -143,6 +143,10 @@ class Decoder:
             _zeros((self.batch, heads, length, width), self)
             for _, _, heads, width in self.layout.names()
         ]
+        if self.layout.packs_rows:  # for good: past and present stay where they are
+            for (past, present, *_), value in zip(self.layout.names(), self._buffers, strict=True):
+                self._binding.bind_ortvalue_input(past, value)
+                self._binding.bind_ortvalue_output(present, value)
 
     def prefill(
         self,
@@ -226,25 +230,22 @@ class Decoder:
         if ids is not None:
             inputs["position_ids"] = ids
         binding = self._binding
+        answer: Array = np.empty((*tokens.shape[:2], *self._answer_width), self.output_dtype)
         try:
-            kept = [to_ort(array) for array in inputs.values()]
-            for name, value in zip(inputs, kept, strict=True):
+            kept = [to_ort(array) for array in (*inputs.values(), answer)]
+            for name, value in zip(inputs, kept, strict=False):
                 binding.bind_ortvalue_input(name, value)
-            binding.bind_output(self.layout.output, "cpu")
-            for (past, present, *_), value in zip(self.layout.names(), self._buffers, strict=True):
-                binding.bind_ortvalue_input(past, value)
-                if self.layout.packs_rows:
-                    binding.bind_ortvalue_output(present, value)
-                else:
-                    binding.bind_output(present, self.session.provider)
+            binding.bind_ortvalue_output(self.layout.output, kept[-1])
+            if not self.layout.packs_rows:
+                for names, value in zip(self.layout.names(), self._buffers, strict=True):
+                    binding.bind_ortvalue_input(names[0], value)
+                    binding.bind_output(names[1], self.session.provider)
             self.session.raw.run_with_iobinding(binding, self._run_options())
-            output, *present = binding.get_outputs()
-            answer = from_ort(output)
+            if not self.layout.packs_rows:
+                _, *self._buffers = binding.get_outputs()
+                self._mask = mask
         except Exception as error:
             raise RuntimeError(first_line(error)) from error
-        if not self.layout.packs_rows:
-            self._buffers = present
-            self._mask = mask
         self._lengths = self._lengths + real.sum(axis=1)
         return answer
 
@@ -266,9 +267,9 @@ class Decoder:
     def _checked_tokens(self, tokens: npt.ArrayLike) -> Array:
         name = self.layout.tokens
         given = _array(name, tokens)
-        shown = ", ".join(str(size) for size in (self.batch, "S", *self._width))
         wanted = (self.batch, given.shape[1] if given.ndim > 1 else 0, *self._width)
         if given.shape != wanted or given.shape[1] < 1:
+            shown = ", ".join(str(size) for size in (self.batch, "S", *self._width))
             raise BadInputError(
                 f"{name} must be [{shown}] with at least one token, got {list(given.shape)}"
             )

@@ -24,6 +24,7 @@ from rope_export.runtime.providers import (
 
 Array = npt.NDArray[Any]
 
+_EXTENSION = "V"  # kind of dtypes that are not NumPy's own; asking for their names is slow
 # Operators that carry the block's arithmetic. onnxruntime may keep the shape arithmetic around
 # them on the CPU of a CUDA session; one of these there means the session is not what it claims.
 _COMPUTE_OPS = frozenset(
@@ -131,28 +132,28 @@ class Session:
 
 def to_ort(array: Array) -> Any:
     """Wrap the memory of an array, ``ml_dtypes.bfloat16`` included; the array must stay alive."""
-    ort = onnxruntime_module()
     array = np.asarray(array, order="C")  # which, unlike ascontiguousarray, adds no axis
-    if array.dtype.name == "bfloat16":
-        from onnx import TensorProto
+    if array.dtype.kind == _EXTENSION:
+        return _of_bits(array)
+    return onnxruntime_module().OrtValue.ortvalue_from_numpy(array)
 
-        bits = array.view(np.uint16)
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(array)
+
+def _of_bits(array: Array) -> Any:
+    """An array of ``ml_dtypes.bfloat16``, which NumPy has no name for."""
+    from onnx import TensorProto
+
+    value = onnxruntime_module().OrtValue
+    return value.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16)
 
 
 def on_device(array: Array, provider: str) -> Any:
     """An array as an input that lies where ``provider`` runs; on the CPU it must stay alive."""
     if provider == "cpu":
         return to_ort(array)
-    ort = onnxruntime_module()
     array = np.asarray(array, order="C")
-    if array.dtype.name == "bfloat16":
-        from onnx import TensorProto
-
-        bits = array.view(np.uint16)
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, TensorProto.BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(array, provider, 0)
+    if array.dtype.kind == _EXTENSION:
+        return _of_bits(array)
+    return onnxruntime_module().OrtValue.ortvalue_from_numpy(array, provider, 0)
 
 
 def from_ort(value: Any) -> Array:
