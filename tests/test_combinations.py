@@ -492,7 +492,7 @@ def check_legal(request: Request) -> None:
         assert_served(request, block_of(request), result.model)
 
 
-@settings(sweep, max_examples=8)
+@settings(sweep, max_examples=11)
 @given(seeds)
 def test_what_is_legal_is_proven_and_right(seed):
     request = legal(seed)
