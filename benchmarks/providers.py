@@ -1,7 +1,10 @@
 """Prove every target, dtype and variant on one execution provider, and keep the reports.
 
+On CUDA the kernel that attended is asked of onnxruntime, which chooses it while it runs: flash,
+memory-efficient or unfused.
+
 python benchmarks/providers.py --provider cuda --json benchmarks/results/DATE-proof-cuda.json
-python benchmarks/providers.py --provider cpu --seq 256
+python benchmarks/providers.py --provider cpu --seq 256 --only cache
 """
 
 from __future__ import annotations
@@ -9,14 +12,18 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
+import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from rope_export import Attention, BadInputError, export, runtime
+from rope_export import Attention, BadInputError, export, replay, runtime
 from rope_export.draws import to_numpy
 from rope_export.lowering import rules
 from rope_export.synthetic import random_block
@@ -43,6 +50,14 @@ VARIANTS = {
         {"scaling": {"rope_type": "mrope", "mrope_section": [8, 12, 12]}},
         {"position_ids": True},
     ),
+    "a cache": ({"num_kv_heads": 8}, {"cache": True}),
+    "a cache, padded on the left": ({"num_kv_heads": 8}, {"cache": True, "padding": "left"}),
+    "a cache and positions": ({"num_kv_heads": 8}, {"cache": True, "position_ids": True}),
+    "a window": ({"num_kv_heads": 8, "window": 64}, {}),
+    "a cache and a window": ({"num_kv_heads": 8, "window": 64}, {"cache": True}),
+    "soft cap": ({"num_kv_heads": 8, "softcap": 30.0}, {}),
+    "sinks": ({"num_kv_heads": 8, "sinks": True}, {"cache": True}),
+    "norms of queries and keys": ({"num_kv_heads": 8, "qk_norm": True}, {"cache": True}),
     "axial": ({"scaling": {"rope_type": "axial"}, "causal": False}, {"position_ids": True}),
 }
 
@@ -59,18 +74,45 @@ def numbers_beyond_the_table(block: Attention, model: Path, provider: str) -> bo
     return not bool(np.isnan(output.astype(np.float32)).all())
 
 
+@contextmanager
+def written_to_stdout() -> Iterator[list[str]]:
+    """What native code prints meanwhile, too."""
+    text: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        sys.stdout.flush()
+        before = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            yield text
+        finally:
+            os.dup2(before, 1)
+            os.close(before)
+            file.seek(0)
+            text.append(file.read().decode(errors="replace"))
+
+
+def kernels(folder: Path, provider: str) -> list[str]:
+    """Kernels that attended while the test vectors ran, by onnxruntime's own names."""
+    with written_to_stdout() as text:
+        replay(folder, providers=[provider])
+    return sorted(set(re.findall(r"SdpaKernel=(\w+)", text[0])))
+
+
 def main() -> None:
+    os.environ["ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"] = "1"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--provider", choices=rules.PROVIDERS, required=True)
     parser.add_argument("--seq", type=int, default=4096)
+    parser.add_argument("--only", default="", help="variants with this in their name")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     reason = runtime.unavailable_reason(arguments.provider)
     if reason is not None:
         sys.exit(f"provider {arguments.provider} cannot be used here: {reason}")
     documents, failed = [], 0
-    for target, dtype, variant in itertools.product(rules.TARGETS, rules.DTYPES, VARIANTS):
+    variants = [name for name in VARIANTS if arguments.only in name]
+    for target, dtype, variant in itertools.product(rules.TARGETS, rules.DTYPES, variants):
         shape, options = VARIANTS[variant]
         block = random_block(
             **{"hidden_size": 1024, "num_heads": 16, "dtype": dtype, **shape},
@@ -91,20 +133,26 @@ def main() -> None:
                 print(f"{target:<10}{dtype:<10}{variant:<28} refused: {error}", flush=True)
                 continue
             report = result.report
-            wrong = bool(options) and numbers_beyond_the_table(
+            wrong = options == {"position_ids": True} and numbers_beyond_the_table(
                 block, result.model, arguments.provider
             )
+            attended = kernels(result.path, arguments.provider)
         worst = report.worst(arguments.provider)
         failed += wrong or not report.passed
         used = max(worst.errors.rel / worst.tolerance.rel, worst.errors.row / worst.tolerance.row)
         print(
             f"{target:<10}{dtype:<10}{variant:<28}{'ok' if report.passed else 'FAILED':<8}"
-            f"{report.graph['attention']:<38}{worst.name}: {used:.2f} of the tolerance "
-            f"{worst.reason or ''}{'  NUMBERS BEYOND THE TABLE' if wrong else ''}",
+            f"{report.graph['attention']:<38}{' '.join(attended):<18}{worst.name}: {used:.2f} "
+            f"of the tolerance {worst.reason or ''}{'  NUMBERS BEYOND THE TABLE' if wrong else ''}",
             flush=True,
         )
         documents.append(
-            {"variant": variant, "numbers_beyond_the_table": wrong, **report.to_json()}
+            {
+                "variant": variant,
+                "kernels": attended,
+                "numbers_beyond_the_table": wrong,
+                **report.to_json(),
+            }
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(documents, indent=1) + "\n")
