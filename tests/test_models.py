@@ -288,7 +288,7 @@ def opened(result: ExportResult) -> onnxruntime.InferenceSession:
 GRAPHS = [
     *(("ort", "left", name) for name in CAUSAL),
     *(("ort", "right", name) for name in ("Llama", "gpt-oss")),
-    *(("onnx", "left", name) for name in CAUSAL if name != "Llama"),
+    *(("onnx", "left", name) for name in ("Qwen3", "GLM", "Phi3", "Gemma2", "gpt-oss")),
     *(("primitive", "right", name) for name in ("Qwen3", "Gemma2", "gpt-oss")),
 ]
 

@@ -195,11 +195,19 @@ def angles_of(length, half, dtype):
     return angles.cos().to(kept), angles.sin().to(kept)
 
 
+# bfloat16 is turned in words of two where strides and widths let it be: everything with everything.
+CALLS = [
+    (mode, dtype, head_dim, transposed)
+    for mode in ("eager", "dynamic")
+    for dtype in ROUNDING
+    for head_dim in (16, 18)
+    for transposed in (False, True)
+    if mode == "eager" or dtype == torch.bfloat16 or transposed == (head_dim == 18)
+]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 18], ids=["all", "part"])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("mode", ["eager", "dynamic"])
+@pytest.mark.parametrize(("mode", "dtype", "head_dim", "transposed"), CALLS, ids=str)
 def test_values_and_gradients_are_exact_in_every_mode(layout, dtype, head_dim, transposed, mode):
     shape = (2, 12, 3, head_dim) if transposed else (2, 3, 12, head_dim)
     x, upstream = (normal(*shape, seed=seed, dtype=dtype) for seed in (2, 3))

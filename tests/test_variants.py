@@ -239,12 +239,13 @@ GIVEN = [(name, variant.form) for name, variant in VARIANTS.items()]
 IMPLIED = [
     (name, "implied") for name in ("half, any length", "longrope", "dynamic", "learned", "xpos")
 ]
-# These differ from others in the numbers of a table only: exporters meet them once, not thrice.
+# These differ from others in the numbers of a table only: what traces meets them once, not often.
 NUMBERS = {
     *("linear", "ntk", "yarn", "llama3", "proportional", "pixel", "constant", "custom"),
     *("interpolated", "half", "interleaved", "half, any length", "interleaved sections"),
 }
 DISTINCT = [(name, form) for name, form in GIVEN if name not in NUMBERS]
+USUAL = [(name, form) for name, form in GIVEN if name in ("half", "interleaved")]
 
 
 # Inputs and truth
@@ -464,7 +465,7 @@ def fresh_dynamo():
 LENGTHS = (7, 2, 33, 16, 5, LONGEST, 3, 21, 17, 10)
 
 
-@pytest.mark.parametrize(("name", "form"), [*GIVEN, *IMPLIED])
+@pytest.mark.parametrize(("name", "form"), [*USUAL, *DISTINCT, *IMPLIED])
 def test_ten_lengths_compile_to_at_most_two_full_graphs(name, form):
     variant, counter = VARIANTS[name], CompileCounter()
     rope = variant.make()
@@ -944,8 +945,12 @@ WRONG: dict[str, list[Callable[[RotaryEmbedding], RotaryEmbedding]]] = {
 }
 
 
-@pytest.mark.parametrize("target", rules.TARGETS)
-@pytest.mark.parametrize("name", BLOCKS)
+# With implied positions sections are a plain rotation: one target will do.
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [(name, target) for name in BLOCKS for target in rules.TARGETS if name != "sections"]
+    + [("sections", "ort")],
+)
 def test_blocks_of_every_variant_are_proven_and_wrong_ones_fail(tmp_path, name, target):
     arguments, with_ids = BLOCKS[name]
     block = block_with(RotaryEmbedding(16, **WIDE, **arguments))
