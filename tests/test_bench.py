@@ -91,6 +91,12 @@ def test_results_are_kept_and_shown(results):
     assert "prefill, 33 tokens" in text
     assert "WRONG (allowed " in text
     assert "1.00x" in text
+    gone = replace(
+        results, measurements=tuple(replace(m, failed="not here") for m in results.measurements)
+    )
+    assert gone.table()[-4:] == [
+        f"{name:<24} not here" for name in ("eager", "right", "wrong", "broken")
+    ]
     rows = render.of_block(document, "decode", "33")
     assert len([row for row in rows if row.startswith("| right | ")]) == 1
     assert "| wrong | exported without a cache | | | | | |" in rows
@@ -271,7 +277,7 @@ def test_an_artifact_serves_no_longer_sequences_and_modules_have_no_block(cli_he
 
 def test_matplotlib_is_asked_for_before_anything_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(plot.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(BadInputError, match=r"pip install 'rope-export\[plot\]'"):
+    with pytest.raises(BadInputError, match=r"plot needs matplotlib.*pip install matplotlib"):
         plot.check(tmp_path / "drawn.png")
 
 

@@ -24,7 +24,7 @@ def check(file: Path) -> None:
     if not file.resolve().parent.is_dir():
         raise BadInputError(f"plot must be in a folder that exists, got {str(file)!r}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise BadInputError("plot needs matplotlib: pip install 'rope-export[plot]'")
+        raise BadInputError("plot needs matplotlib, which is not installed: pip install matplotlib")
 
 
 def draw(results: Results, file: Path) -> None:

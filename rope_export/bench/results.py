@@ -115,10 +115,20 @@ class Results:
     def table(self) -> list[str]:
         """Lines for people: one table for each phase and length."""
         lines: list[str] = []
+        absent = self._absent()
         for phase, length in self.cases():
             lines += ["", f"{phase}, {length} tokens", _HEADS]
-            lines += self._rows(self.of(phase, length))
+            lines += self._rows([m for m in self.of(phase, length) if m.contender not in absent])
+        lines += [""] if absent else []
+        lines += [f"{name:<24} {why}" for name, why in absent.items()]
         return lines[1:]
+
+    def _absent(self) -> dict[str, str]:
+        """Contenders that ran nowhere, and why, where that is the same everywhere."""
+        reasons: dict[str, set[str | None]] = {}
+        for m in self.measurements:
+            reasons.setdefault(m.contender, set()).add(m.failed)
+        return {n: why for n, (why, *more) in reasons.items() if why is not None and not more}
 
     def _rows(self, measured: Sequence[Measurement]) -> list[str]:
         base = next((m for m in measured if m.contender == BASE and m.seconds), None)
