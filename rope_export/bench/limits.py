@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -54,9 +55,12 @@ def _timed(job: Job, run: object) -> Step:
     return Step(step, lambda _: np.zeros(0))
 
 
-def _dtype(job: Job):  # type: ignore[no-untyped-def]
+def _dtype(job: Job) -> Any:
+    """That of the block, but for processors, which multiply in float32."""
     import torch
 
+    if job.provider == "cpu":
+        return torch.float32
     return getattr(torch, json.loads((Path(job.folder) / "facts.json").read_text())["dtype"])
 
 
