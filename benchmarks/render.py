@@ -86,10 +86,12 @@ def of_rotation(content: dict[str, Any], mode: str) -> list[str]:
     cases = {c: taken for c, taken in content["seconds"].items() if c.endswith(f" {mode}")}
     columns = {case: ", ".join(case.split(", ")[:2]) for case in cases}
     strides = {case.split(", ")[2] for case in cases}
+    layouts = dict.fromkeys(case.split(", ")[0] for case in cases)
     names = [n for n in dict.fromkeys(n for t in cases.values() for n in t) if n != "bound"]
     machine, shape = content["machine"], content["shape"]
     rows = [
-        f"`python benchmarks/rotation.py --strides {','.join(sorted(strides))}`: forward / "
+        f"`python benchmarks/rotation.py --strides {','.join(sorted(strides))} --mode {mode} "
+        f"--layout {','.join(layouts)}`: forward / "
         f"backward of `q` and `k` {shape} as multiples of `q.clone(), k.clone()`, "
         f"{_machine(machine)}, torch {content['versions']['torch']}, {content['date']}.",
         "",
@@ -129,7 +131,8 @@ def of_train(content: dict[str, Any]) -> list[str]:
         for name in ("seq", "hidden", "heads", "kv_heads", "batch", "dtype")
     )
     rows = [
-        f"`python benchmarks/train.py --device {options['device']}`: forward and backward of a "
+        f"`OMP_NUM_THREADS={machine['threads']} python benchmarks/train.py --device "
+        f"{options['device']} --rounds {options['rounds']}`: forward and backward of a "
         f"compiled block, {shape}, {_machine(machine)}, {machine['threads']} threads, torch "
         f"{versions['torch']}, {content['date']}.",
         "",

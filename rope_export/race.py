@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 ROUNDS = 7
 _MEMORY_SHARE = 0.8
+_SHORTEST = 2
 Prove = Callable[[Plan, Path], bool]
 
 
@@ -95,6 +96,12 @@ def race(
     """
     provider = plan.providers[0]
     runtime.require(provider)
+    axes = block.rope.axes if block.rope is not None and plan.position_ids else 1
+    if axes > 1 or plan.longest < _SHORTEST:
+        raise BadInputError(
+            f"target auto times sequences of {_SHORTEST} tokens and more with one axis of "
+            f"positions, got {plan.longest} and {axes}: name one of {', '.join(rules.TARGETS)}"
+        )
     found = candidates(block, plan)
     if not found:
         rules.choose("ort", plan.situations(block, plan.providers))  # says why

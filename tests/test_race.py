@@ -123,6 +123,15 @@ def test_forms_that_are_slower_are_legal_and_right(tmp_path):
 def test_what_auto_is_not_for(tmp_path, cli_here):
     with pytest.raises(BadInputError, match="target auto is of an Attention exported alone"):
         export(module_of(lambda self, x: self.linear(x)), tmp_path / "x", args=(X,), target="auto")
+    axes = ("--scaling", '{"rope_type": "mrope", "mrope_section": [2, 3, 3]}', "--position-ids")
+    shape = ("--hidden", "64", "--heads", "4")
+    for wrong in (("--seq", "1"), axes):
+        result = cli_here("block", *shape, *wrong, "--target", "auto")
+        assert result.returncode == 2, result.stderr
+        assert "auto times sequences of 2 tokens and more with one axis" in result.stderr
+    result = cli_here("bench", *shape, "--seq", "8", "--scaling", '{"rope_type": "axial"}')
+    assert result.returncode == 2
+    assert "--scaling must give a token one position to be timed" in result.stderr
     result = cli_here("block", "--target", "auto", "--no-validate")
     assert result.returncode == 2
     assert "leave out --no-validate" in result.stderr

@@ -144,7 +144,13 @@ def _check(
     known: Sequence[str],
     contenders: Sequence[str],
 ) -> None:
-    serves = None if block.rope is None else block.rope.positions
+    rope = block.rope
+    if rope is not None and not rope.found.one_position:
+        raise BadInputError(
+            f"scaling must give a token one position to be timed, got {rope.scaling}: its tokens "
+            f"have {rope.axes} axes of positions"
+        )
+    serves = None if rope is None else rope.positions
     for length in lengths:
         if length < 2 or (serves is not None and length > serves):
             raise BadInputError(
