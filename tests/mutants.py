@@ -644,7 +644,8 @@ def positions_begin_anew(model: onnx.ModelProto) -> None:
     scanned = [n for scan in nodes_of(model, "Scan") for n in scan.attribute[0].g.node]
     for node in nodes_of(model, "GroupQueryAttention"):
         if _attribute(node, "do_rotary"):
-            node.input.append("defect.one_row" if node in scanned else "defect.rows")
+            node.input.extend([""] * (10 - len(node.input)))
+            node.input[9] = "defect.one_row" if node in scanned else "defect.rows"
 
 
 def mask_of_columns(model: onnx.ModelProto) -> None:
@@ -749,6 +750,25 @@ def long_chunk_taken_for_a_prompt(model: onnx.ModelProto) -> None:
     (both,) = [n for n in nodes_of(model, "And") if n.output[0] in conditions]
     long = next(n.output[0] for n in nodes_of(model, "Greater") if n.output[0] in both.input)
     both.input[:] = [long, long]
+
+
+def _of_single_tokens(model: onnx.ModelProto) -> onnx.NodeProto:
+    """The call whose queries are scaled before."""
+    calls = nodes_of(model, "GroupQueryAttention")
+    (single,) = [n for n in calls if _attribute(n, "scale") == 1.0]
+    return single
+
+
+def queries_of_single_tokens_unscaled(model: onnx.ModelProto) -> None:
+    name = _of_single_tokens(model).input[0]
+    (cast,) = [n for n in nodes_of(model, "Cast") if name in n.output] or [None]
+    scaled = name if cast is None else cast.input[0]
+    (by,) = [n for n in nodes_of(model, "Mul") if scaled in n.output]
+    change(table(model, by.input[1]), np.ones_like)
+
+
+def sinks_of_single_tokens_weigh(model: onnx.ModelProto) -> None:
+    change(table(model, _of_single_tokens(model).input[11]), np.zeros_like)
 
 
 def window_attribute_off(model: onnx.ModelProto, which: int, by: int) -> None:

@@ -331,19 +331,20 @@ def test_the_copies_of_the_scores_are_known(target, provider, changes, copies):
 
 # What the graph does while it runs: one call a row for chunks of a batch, blocks of the window.
 ROWS, BLOCKS, ONE_BY_ONE = "run row by row", "run in blocks of", "must be given row by row"
+SINGLE = "a single new token is attended with its query scaled before"
 SLIDING = {"window": 200, "longest": 801}
 RUNS = [
     ("ort", ("cpu",), {}, False, 0, [], []),
     ("ort", ("cpu",), {"mask": True}, False, 0, [], []),
-    ("ort", ("cpu",), CACHE, True, 0, [ROWS], []),
-    ("ort", ("cpu",), CACHE | LEFT, True, 0, [ROWS], []),
-    ("ort", ("cpu",), CACHE | {"implied_positions": False}, True, 0, [ROWS], []),
+    ("ort", ("cpu",), CACHE, True, 0, [ROWS, SINGLE], []),
+    ("ort", ("cpu",), CACHE | LEFT, True, 0, [ROWS, SINGLE], []),
+    ("ort", ("cpu",), CACHE | {"implied_positions": False}, True, 0, [ROWS, SINGLE], []),
     ("ort", ("cpu",), SLIDING, False, 200, [BLOCKS], []),
     ("ort", ("cpu",), SLIDING | {"longest": 800}, False, 0, [], []),
     ("ort", ("cpu",), {"window": 127}, False, 128, [BLOCKS], []),
     ("ort", ("cpu",), {"window": 127, "longest": 512}, False, 0, [], []),
-    ("ort", ("cpu",), CACHE | SLIDING, True, 200, [ROWS, BLOCKS], []),
-    ("ort", ("cpu",), CACHE | SLIDING | {"dtype": "float32"}, True, 200, [ROWS, BLOCKS], []),
+    ("ort", ("cpu",), CACHE | SLIDING, True, 200, [ROWS, SINGLE, BLOCKS], []),
+    ("ort", ("cpu",), CACHE | SLIDING | {"dtype": "float32"}, True, 200, [ROWS, SINGLE, BLOCKS], []),
     # None of it where the form is another.
     ("ort", ("cpu",), CACHE | SLIDING | {"head_dim": 12}, False, 0, [], []),
     ("ort", ("cpu",), SLIDING | {"causal": False}, False, 0, [], []),
@@ -370,6 +371,7 @@ def test_what_a_graph_decides_while_it_runs(
 ):
     choice = choose(target, on(providers, **changes))
     assert choice.by_rows is by_rows
+    assert choice.single is any(SINGLE in line for line in choice.branches)
     assert choice.window_block == block
     assert choice.padding == changes.get("padding", "right")
     for said, expected in ((choice.branches, branches), (choice.limits, limits)):

@@ -251,7 +251,9 @@ def test_lengths_that_are_off_fail(exports, dtype, defect, variant):
     assert misanswered(validated_with(defect, made))
 
 
-@pytest.mark.parametrize(("variant", "which"), [("plain", 0), ("long", 0), ("long", 1)])
+@pytest.mark.parametrize(
+    ("variant", "which"), [("plain", 0), ("plain", 1), ("long", 0), ("long", 1), ("long", 2)]
+)
 def test_an_inverted_branch_fails(exports, dtype, variant, which):
     made = exports.get("ort", dtype, variant=variant)
     report = validated_with(lambda m: mutants.branches_exchanged(m, which), made)
@@ -259,15 +261,25 @@ def test_an_inverted_branch_fails(exports, dtype, variant, which):
 
 
 @pytest.mark.parametrize("by", [1, -1])
-@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("which", [0, 1, 2, 3])
 def test_a_window_that_is_off_in_one_branch_fails(exports, dtype, which, by):
-    """Blocks of a long prompt, the one call, and rows of a chunk: each by itself."""
+    """One token, blocks of a long prompt, the one call, and rows of a chunk: each by itself."""
     made = exports.get("ort", dtype, variant="long")
     model = onnx.load(made[1] / "model.onnx")
-    assert len(mutants.nodes_of(model, "GroupQueryAttention")) == 3
+    assert len(mutants.nodes_of(model, "GroupQueryAttention")) == 4
     report = validated_with(lambda m: mutants.window_attribute_off(m, which, by), made)
     assert not report.passed
     assert all(case.reason is None for case in report.cases)
+
+
+@pytest.mark.parametrize("variant", ["plain", "long"])
+def test_single_tokens_are_proven_by_themselves(exports, dtype, variant):
+    made = exports.get("ort", dtype, variant=variant)
+    defects = [mutants.queries_of_single_tokens_unscaled]
+    if dtype == "float32":  # elsewhere the operator needs no sinks to be fast
+        defects.append(mutants.sinks_of_single_tokens_weigh)
+    for defect in defects:
+        assert misanswered(validated_with(defect, made))
 
 
 @pytest.mark.parametrize(

@@ -6,24 +6,30 @@ While a block is traced, such an attention is one operator of the package's own.
 - a batch with several new tokens *and* a past: the operator takes one row of that, so the rows are
   scanned;
 - a long prompt with a window: the operator would compute the whole triangle of scores, so blocks of
-  the window are scanned, each with the block before it as its past.
+  the window are scanned, each with the block before it as its past;
+- a single token after a past, on the CPU: onnxruntime 1.31's kernel for it is slower than its
+  general one, which multiplies by vectors when its scale is 1 and which attends where there are
+  sinks. So queries are scaled before, and every head gets a sink of no weight.
 
-Everything else, decoding above all, is the one call, on the caller's own buffers.
+Everything else is the one call; it and the single token's are on the caller's own buffers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from rope_export.lowering import ops
 from rope_export.lowering.ops import OWN_DOMAIN
 from rope_export.lowering.rules import BLOCKS_TO_WIN
 
-_PAST_KEY, _PAST_VALUE, _LAST_INDEX, _TOTAL = 3, 4, 5, 6  # inputs of GroupQueryAttention
+# Inputs of GroupQueryAttention.
+_PAST_KEY, _PAST_VALUE, _LAST_INDEX, _TOTAL, _SINKS = 3, 4, 5, 6, ops.SINKS
 _TO_THE_END = 2**62
 Emit = Callable[[Tape], Sequence[ir.Value]]
 
@@ -48,6 +54,7 @@ class _Expansion:
         attributes = dict(node.attributes)
         self.by_rows = bool(attributes.pop("by_rows").as_int())
         self.block = attributes.pop("block").as_int()
+        self.single = bool(attributes.pop("single").as_int())
         self.attributes = attributes
         self.has_past = self.inputs[_PAST_KEY] is not None
         # Without a past nobody reads what would be the present.
@@ -74,12 +81,15 @@ class _Expansion:
                 long = tape.op("And", [first_call, long])
             emit = self._either("blocks", long, self._blocks, self._one_call)
         if self.by_rows:
-            one = self._constant(1)
-            single = tape.op(
-                "Or", [tape.op("Equal", [batch, one]), tape.op("Equal", [length, one])]
-            )
-            whole = tape.op("Or", [first_call, single])
+            alone = tape.op("Equal", [batch, self._constant(1)])
+            if not self.single:
+                one_token = tape.op("Equal", [length, self._constant(1)])
+                alone = tape.op("Or", [alone, one_token])
+            whole = tape.op("Or", [first_call, alone])
             emit = self._either("rows", whole, emit, self._rows)
+        if self.single:
+            one_token = tape.op("Equal", [length, self._constant(1)])
+            emit = self._either("single", one_token, self._one_token, emit)
         results = emit(tape)
         for old, new in zip(self.outputs, results, strict=True):
             new.type, new.shape = old.type, old.shape
@@ -107,11 +117,45 @@ class _Expansion:
     def _one_call(self, tape: Tape) -> Sequence[ir.Value]:
         return self._call(tape, self.inputs)[: len(self.outputs)]
 
-    def _call(self, tape: Tape, inputs: Sequence[ir.Value | None]) -> Sequence[ir.Value]:
+    def _one_token(self, tape: Tape) -> Sequence[ir.Value]:
+        inputs = [*self.inputs, *[None] * (_SINKS + 1 - len(self.inputs))]
+        inputs[0] = self._scaled_queries(tape)
+        kind = self.q.dtype
+        assert kind is not None
+        if kind == ir.DataType.FLOAT and inputs[_SINKS] is None:
+            lowest = np.full(self.attributes["num_heads"].as_int(), np.finfo(np.float32).min)
+            inputs[_SINKS] = self._initializer(f"no_sinks_{len(lowest)}", lowest.astype(np.float32))
+        while inputs[-1] is None:
+            inputs.pop()
+        unscaled = {**self.attributes, "scale": ir.AttrFloat32("scale", 1.0)}
+        return self._call(tape, inputs, unscaled)[: len(self.outputs)]
+
+    def _scaled_queries(self, tape: Tape) -> ir.Value:
+        """Queries times the scale, in float32; keys and values packed with them are as they were."""
+        scale = self.attributes["scale"].as_float()
+        if scale == 1.0:
+            return self.q
+        columns = np.full(self.width, scale, dtype=np.float32)
+        if self.k is None:
+            others = np.ones(2 * self.kv_heads * self.head_dim, dtype=np.float32)
+            columns = np.concatenate((columns, others))
+        scales = self._initializer(f"scales_{len(columns)}_{scale!r}", columns)
+        if self.q.dtype == ir.DataType.FLOAT:
+            return tape.op("Mul", [self.q, scales])
+        wide = tape.op("Cast", [self.q], {"to": ir.DataType.FLOAT})
+        wide = tape.op("Mul", [wide, scales])
+        return tape.op("Cast", [wide], {"to": self.q.dtype})
+
+    def _call(
+        self,
+        tape: Tape,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, ir.Attr] | None = None,
+    ) -> Sequence[ir.Value]:
         return tape.op_multi_out(
             "GroupQueryAttention",
             inputs,
-            self.attributes,
+            attributes or self.attributes,
             domain="com.microsoft",
             version=1,
             num_outputs=3,
@@ -235,7 +279,12 @@ class _Expansion:
         self, value: int | list[int], rank: int = 0, dtype: type[np.generic] = np.int64
     ) -> ir.Value:
         array = np.array([value] if rank else value, dtype=dtype)
-        name = f"{OWN_DOMAIN}_{array.dtype}_{array.ndim}_{'_'.join(map(str, array.reshape(-1)))}"
+        values = "_".join(map(str, array.reshape(-1)))
+        return self._initializer(f"{array.dtype}_{array.ndim}_{values}", array)
+
+    def _initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
+        """A constant of the graph, one for all that want the same; the name says its values."""
+        name = f"{OWN_DOMAIN}_{name}"
         known = self.graph.initializers.get(name)
         if known is not None:
             return known

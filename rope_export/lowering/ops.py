@@ -21,7 +21,7 @@ Attributes = dict[
 
 # Of operators that stand for several; none is left in a finished graph.
 OWN_DOMAIN = "rope_export"
-_GQA_SINKS = 11  # index of GroupQueryAttention's input head_sink
+SINKS = 11  # index of GroupQueryAttention's input head_sink
 _END = 2**62
 
 
@@ -192,6 +192,7 @@ def group_query_attention(
     sinks: Tensor | None = None,
     by_rows: bool = False,
     block: int = 0,
+    single: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``com.microsoft::GroupQueryAttention``, or a plan for several calls of it.
 
@@ -214,8 +215,9 @@ def group_query_attention(
         softcap: bound of the scores.
         sinks: a score for each head that adds nothing, ``[num_heads]``.
         by_rows: whether several new tokens of a batch with a past need one call a row.
-        block: tokens in a block when long prompts are computed by blocks, or 0. One of the two
-            makes this an operator of the package's own, which `control.expand` replaces.
+        block: tokens in a block when long prompts are computed by blocks, or 0.
+        single: whether one token after a past is a call of its own. One of the three makes this
+            an operator of the package's own, which `control.expand` replaces.
 
     Returns:
         ``[B, S, num_heads * head_dim]``, and present keys and values.
@@ -234,11 +236,11 @@ def group_query_attention(
         inputs += [table[0].to(q.dtype), table[1].to(q.dtype)]
         attributes |= {"do_rotary": 1, "rotary_interleaved": int(layout == "interleaved")}
     if sinks is not None:
-        inputs += [None] * (_GQA_SINKS - len(inputs)) + [sinks]
+        inputs += [None] * (SINKS - len(inputs)) + [sinks]
     domain = "com.microsoft"
-    if by_rows or block:
+    if by_rows or block or single:
         domain = OWN_DOMAIN
-        attributes |= {"by_rows": int(by_rows), "block": block}
+        attributes |= {"by_rows": int(by_rows), "block": block, "single": int(single)}
     batch, length = q.shape[0], q.shape[1]
     present = (batch, num_kv_heads, present_length, head_dim)
     output, key, value = torch.onnx.ops.symbolic_multi_out(

@@ -81,6 +81,7 @@ def _gqa(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tensor
         sinks=None if block.sinks is None else block.sinks.to(q.dtype),
         by_rows=choice.by_rows,
         block=choice.window_block,
+        single=choice.single,
     )
     if slots is not None:
         context = packing.take_rows(context, slots)

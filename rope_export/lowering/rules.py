@@ -346,6 +346,7 @@ class Choice:
         padding: the side on which prompts are padded.
         by_rows: whether several new tokens of a batch with a past are one call a row.
         window_block: tokens in a block when long prompts are computed by blocks, or 0.
+        single: whether one token after a past is a call of its own.
         branches: what the graph decides while it runs, in plain words.
         limits: what the graph cannot do, in plain words.
     """
@@ -356,6 +357,7 @@ class Choice:
     padding: str = "right"
     by_rows: bool = False
     window_block: int = 0
+    single: bool = False
     branches: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
 
@@ -429,6 +431,8 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
     # Blocks have a first key that is not the row's: their heads are rotated before.
     in_blocks = form.packs_rows and bool(form.rotation) and all(s.by_blocks for s in situations)
     block = one.window_block if in_blocks else 0
+    # Elsewhere sinks would choose a slower kernel.
+    single = by_rows and all(s.provider == "cpu" for s in situations)
     branches, limits = [], []
     if by_rows:
         branches.append(
@@ -440,6 +444,11 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
             "several new tokens of a batch with a past must be given row by row, or one by one: "
             "GroupQueryAttention takes one row of them, and the control flow that would split "
             "them keeps CUDA from capturing the graph"
+        )
+    if single:
+        branches.append(
+            "a single new token is attended with its query scaled before and a sink of no weight: "
+            "GroupQueryAttention on the CPU then multiplies by vectors"
         )
     if block:
         branches.append(
@@ -453,6 +462,7 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
         padding=one.padding,
         by_rows=by_rows,
         window_block=block,
+        single=single,
         branches=tuple(branches),
         limits=tuple(limits),
     )
