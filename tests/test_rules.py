@@ -332,6 +332,7 @@ def test_the_copies_of_the_scores_are_known(target, provider, changes, copies):
 # What the graph does while it runs: one call a row for chunks of a batch, blocks of the window.
 ROWS, BLOCKS, ONE_BY_ONE = "run row by row", "run in blocks of", "must be given row by row"
 SINGLE = "a single new token is attended with its query scaled before"
+SLIDES = [ROWS, SINGLE, BLOCKS]
 SLIDING = {"window": 200, "longest": 801}
 RUNS = [
     ("ort", ("cpu",), {}, False, 0, [], []),
@@ -343,8 +344,8 @@ RUNS = [
     ("ort", ("cpu",), SLIDING | {"longest": 800}, False, 0, [], []),
     ("ort", ("cpu",), {"window": 127}, False, 128, [BLOCKS], []),
     ("ort", ("cpu",), {"window": 127, "longest": 512}, False, 0, [], []),
-    ("ort", ("cpu",), CACHE | SLIDING, True, 200, [ROWS, SINGLE, BLOCKS], []),
-    ("ort", ("cpu",), CACHE | SLIDING | {"dtype": "float32"}, True, 200, [ROWS, SINGLE, BLOCKS], []),
+    ("ort", ("cpu",), CACHE | SLIDING, True, 200, SLIDES, []),
+    ("ort", ("cpu",), CACHE | SLIDING | {"dtype": "float32"}, True, 200, SLIDES, []),
     # None of it where the form is another.
     ("ort", ("cpu",), CACHE | SLIDING | {"head_dim": 12}, False, 0, [], []),
     ("ort", ("cpu",), SLIDING | {"causal": False}, False, 0, [], []),

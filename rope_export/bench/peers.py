@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from rope_export import runtime
-from rope_export.bench import block as ours
+from rope_export.bench import steps as ours
 from rope_export.bench.turns import Job, Step
 from rope_export.pairs import Layout
 

@@ -39,15 +39,15 @@ def main() -> None:
 
 
 def _step(job: Job) -> Step:
-    from rope_export.bench import block, limits
+    from rope_export.bench import limits, steps
 
     name, folder = job.contender, Path(job.folder)
     if name in limits.STEPS:
         return limits.STEPS[name](job)
-    if name in block.STEPS:
-        return block.STEPS[name](job)
+    if name in steps.STEPS:
+        return steps.STEPS[name](job)
     if any((folder / each / "config.json").exists() for each in (name, f"{name}-cache")):
-        return block.STEPS[block.GIVEN](job)  # a graph that was given under a name of its own
+        return steps.STEPS[steps.GIVEN](job)  # a graph that was given under a name of its own
     from rope_export.bench import peers  # which, unlike graphs, needs PyTorch
 
     return peers.STEPS[name](job)

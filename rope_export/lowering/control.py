@@ -131,7 +131,7 @@ class _Expansion:
         return self._call(tape, inputs, unscaled)[: len(self.outputs)]
 
     def _scaled_queries(self, tape: Tape) -> ir.Value:
-        """Queries times the scale, in float32; keys and values packed with them are as they were."""
+        """Queries times the scale, in float32; keys and values beside them as they were."""
         scale = self.attributes["scale"].as_float()
         if scale == 1.0:
             return self.q
