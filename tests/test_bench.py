@@ -174,6 +174,16 @@ def test_peers_compute_the_same_block(layout):
         assert measured.allowed_error is None  # shown, not judged
 
 
+def test_a_cache_of_transformers_decodes_the_same_token():
+    block = mutants.block()
+    found = bench.measure(
+        block, (33,), phases=("decode",), contenders=("transformers",), rounds=2, limits=False
+    )
+    (measured,) = found.measurements
+    assert measured.failed is None
+    assert measured.rel_error < 1e-5
+
+
 @pytest.mark.parametrize(
     ("variant", "says"),
     [

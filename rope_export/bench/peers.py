@@ -218,10 +218,14 @@ def _llama_attention(shape: dict[str, Any], weights: dict[str, torch.Tensor]) ->
             self.rotary_emb = llama.LlamaRotaryEmbedding(config)
             self.self_attn = llama.LlamaAttention(config, 0)
 
-        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        def forward(self, hidden_states: torch.Tensor, cache: Any = None) -> torch.Tensor:
             places = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+            if cache is not None:
+                places = places + cache.get_seq_length()
             angles = self.rotary_emb(hidden_states, places[None])
-            output, _ = self.self_attn(hidden_states, angles, attention_mask=None)
+            output, _ = self.self_attn(
+                hidden_states, angles, attention_mask=None, past_key_values=cache
+            )
             result: torch.Tensor = output
             return result
 
@@ -237,7 +241,20 @@ def _llama_attention(shape: dict[str, Any], weights: dict[str, torch.Tensor]) ->
 def _transformers(job: Job) -> Step:
     shape, weights, x = _read(job)
     model = _llama_attention(shape, weights)
-    return ours.torch_step(job, lambda: model(x))
+    if job.phase == "prefill":
+        return ours.torch_step(job, lambda: model(x))
+    # The cache that generate() takes where none is asked for: it grows with every token.
+    cache = _library("transformers").DynamicCache(config=model.config)
+    past = job.length - 1
+    model(x[:, :past], cache)
+
+    def run() -> torch.Tensor:
+        if cache.get_seq_length() > past:
+            cache.crop(-1)
+        output: torch.Tensor = model(x[:, past:], cache)
+        return output
+
+    return ours.torch_step(job, run)
 
 
 def _export_by_transformers(block: Attention, folder: Path, provider: str) -> None:
@@ -420,7 +437,14 @@ PEERS = {
         _save_weights,
         _rotary_embedding_torch,
     ),
-    "transformers": Peer("transformers", "transformers", "half", _save_weights, _transformers),
+    "transformers": Peer(
+        "transformers",
+        "transformers",
+        "half",
+        _save_weights,
+        _transformers,
+        phases=("prefill", "decode"),
+    ),
     "transformers-onnx": Peer(
         "transformers", "transformers", "half", _export_by_transformers, _graph_of_one_input
     ),
