@@ -89,9 +89,10 @@ def of_rotation(content: dict[str, Any], mode: str) -> list[str]:
     layouts = dict.fromkeys(case.split(", ")[0] for case in cases)
     names = [n for n in dict.fromkeys(n for t in cases.values() for n in t) if n != "bound"]
     machine, shape = content["machine"], content["shape"]
+    only = f" --only {content['only']}" if content.get("only") else ""
     rows = [
         f"`python benchmarks/rotation.py --strides {','.join(sorted(strides))} --mode {mode} "
-        f"--layout {','.join(layouts)}`: forward / "
+        f"--layout {','.join(layouts)}{only}`: forward / "
         f"backward of `q` and `k` {shape} as multiples of `q.clone(), k.clone()`, "
         f"{_machine(machine)}, torch {content['versions']['torch']}, {content['date']}.",
         "",

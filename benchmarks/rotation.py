@@ -1,9 +1,9 @@
 """Rotating q and k: every formulation we tried, beside Hugging Face's and others' code.
 
 The bound is `q.clone(), k.clone()`: nothing that reads and writes both can be faster. All
-contenders live in one process and take turns, so that a noisy machine is noisy for all; what
-counts is the ratio to the bound. Each is compared with a float64 rotation, forward and
-backward, before it is timed, and one that is wrong ends the run.
+contenders live in one process, which keeps its memory, and take turns, so that a noisy machine is
+noisy for all; what counts is the ratio to the bound. Each is compared with a float64 rotation,
+forward and backward, before it is timed, and one that is wrong ends the run.
 
     python benchmarks/rotation.py --dtype bfloat16 --layout interleaved
     python benchmarks/rotation.py --strides transposed --mode dynamic --only rotate_pairs,module
@@ -29,7 +29,7 @@ import torch
 from rotary_embedding_torch import (  # type: ignore[import-untyped]
     RotaryEmbedding as OtherRotary,
 )
-from timing import seconds
+from timing import hold_memory, seconds
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -366,6 +366,7 @@ def main(
     torch._dynamo.config.recompile_limit = len(NAMES) + 8  # one code object, many contenders
     if threads:
         torch.set_num_threads(threads)
+    hold_memory()
     names = only.split(",")
     size = tuple(int(n) for n in shape.split(","))
     results = {}
@@ -386,6 +387,7 @@ def main(
             },
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "shape": size,
+            "only": None if names == list(NAMES) else only,
             "seconds": results,
         }
         path.write_text(json.dumps(document, indent=1) + "\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import time
 from collections.abc import Callable
 
@@ -9,6 +11,24 @@ import torch
 
 # Steps are launched while the device is busy with this, or launching would be timed: about 10 ms.
 AHEAD_CYCLES = 20_000_000
+
+
+# Parameters of glibc's mallopt.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+_NEVER = 2**31 - 1
+
+
+def hold_memory() -> None:
+    """Keep freed memory in the process, as a device's allocator does.
+
+    glibc gives large blocks back at once; the pages of the next ones are then made anew, which
+    takes longer than a copy, and differs from run to run.
+    """
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(_MMAP_MAX, 0)
+            libc.mallopt(_TRIM_THRESHOLD, _NEVER)
 
 
 def seconds(step: Callable[[], object], device: str) -> tuple[float, object]:

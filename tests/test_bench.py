@@ -208,7 +208,7 @@ def test_blocks_that_peers_spell_otherwise_are_left_out_with_a_word(tmp_path, va
 def test_peers_that_cannot_run_here_say_why(tmp_path, monkeypatch):
     block = mutants.block(theta=500.0)  # a plain one
     assert peers._special(block) is None
-    for name in ("transformers", "torchtune"):
+    for name in ("rotary-embedding-torch", "torchtune"):
         why = peers.prepare(name, "decode", block, tmp_path, "cpu")
         missing = f"not installed: pip install {peers.PEERS[name].install}"
         assert why in ("measured here at prefill only", missing)

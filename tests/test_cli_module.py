@@ -7,12 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
-from conftest import COMMAND
-from rope_export._cli import run as run_command
+from conftest import COMMAND, Run
 
 from rope_export import runtime
 
@@ -192,31 +192,23 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def run_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """Run the command in this process, which has loaded PyTorch; the exit code."""
-    monkeypatch.chdir(folder)
+def run_here(folder: Path, cli_here: Run, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run the command in this process, and forget the modules that it loads."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = set(sys.modules)
-
-    def run_here(*arguments: str) -> int:
-        with pytest.raises(SystemExit) as stopped:
-            run_command(["module", *arguments])
-        assert isinstance(stopped.value.code, int)
-        return stopped.value.code
-
-    yield run_here
+    yield partial(cli_here, "module", cwd=folder)
     for name in {"user", "sibling", "broken", "other", "package", "package.models"} & (
         set(sys.modules) - before
     ):
         del sys.modules[name]
 
 
-def test_a_file_is_exported_and_proven(folder, run_here, capfd):
-    assert run_here("user.py:factory", *DYNAMIC, "--json") == 0
-    out, err = capfd.readouterr()
-    report = json.loads(out)
-    assert "printed by the file" in err
+def test_a_file_is_exported_and_proven(folder, run_here):
+    result = run_here("user.py:factory", *DYNAMIC, "--json")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert "printed by the file" in result.stderr
     assert report["passed"]
     assert report["graph"]["ranges"] == {"batch": [1, None], "sequence": [1, 40]}
     assert {"one token", "longest"} <= {case["name"] for case in report["cases"]}
@@ -225,15 +217,16 @@ def test_a_file_is_exported_and_proven(folder, run_here, capfd):
     assert str(folder) not in (artifact / "config.json").read_text()
 
 
-def test_a_module_is_found_by_its_name(folder, run_here, capfd):
-    assert run_here("user:with_shapes", "--target=onnx", "--no-validate", "--out=here/x") == 0
-    assert "NOT VALIDATED" in capfd.readouterr().out
+def test_a_module_is_found_by_its_name(folder, run_here):
+    result = run_here("user:with_shapes", "--target=onnx", "--no-validate", "--out=here/x")
+    assert result.returncode == 0, result.stderr
+    assert "NOT VALIDATED" in result.stdout
     config = json.loads((folder / "here" / "x" / "config.json").read_text())
     assert config["module"]["inputs"] == {"input_ids": ["1", "sequence"]}
 
 
 def test_a_mapping_says_what_export_is_given(folder, run_here):
-    assert run_here("user.py:as_mapping", "--no-validate") == 0
+    assert run_here("user.py:as_mapping", "--no-validate").returncode == 0
     config = json.loads((folder / "exported" / "user" / "config.json").read_text())
     assert config["module"]["outputs"] == {"scores": ["1", "7", "32"]}
 
@@ -331,14 +324,14 @@ def test_where_factories_are_and_what_their_artifacts_are_called(folder):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_exit_2(folder, run_here, capfd, arguments, says):
+def test_bad_input_is_one_line_and_exit_2(folder, run_here, arguments, says):
     before = tree(folder)
-    assert run_here(*arguments) == 2
-    out, err = capfd.readouterr()
-    assert says in error_line(err)
-    assert out == ""
+    result = run_here(*arguments)
+    assert result.returncode == 2
+    assert says in error_line(result.stderr)
+    assert result.stdout == ""
     if "--out" in arguments:  # before the file is run
-        assert "running" not in err
+        assert "running" not in result.stderr
     assert tree(folder) == before
 
 
@@ -383,7 +376,7 @@ def test_a_provider_that_does_not_load_is_exit_3(folder):
     assert tree(folder) == before
 
 
-def test_a_defect_is_exit_1(folder, run_here, capfd):
+def test_a_defect_is_exit_1(folder, run_here):
     """A module that is another at one token, which its graph is not."""
     (folder / "other.py").write_text(
         "import torch\n"
@@ -393,8 +386,9 @@ def test_a_defect_is_exit_1(folder, run_here, capfd):
         "def factory():\n"
         "    return Model(), torch.randn(2, 5)\n"
     )
-    assert run_here("other.py:factory", "--dynamic", "x:1=length") == 1
-    assert "FAILED       cpu: one token [2, 1]" in capfd.readouterr().out
+    result = run_here("other.py:factory", "--dynamic", "x:1=length")
+    assert result.returncode == 1
+    assert "FAILED       cpu: one token [2, 1]" in result.stdout
     report = json.loads((folder / "exported" / "other" / "report.json").read_text())
     assert report["passed"] is False
 

@@ -331,7 +331,7 @@ def test_the_copies_of_the_scores_are_known(target, provider, changes, copies):
 
 # What the graph does while it runs: one call a row for chunks of a batch, blocks of the window.
 ROWS, BLOCKS, ONE_BY_ONE = "run row by row", "run in blocks of", "must be given row by row"
-SINGLE = "a single new token is attended with its query scaled before"
+SINGLE = "a single new token is a call of its own"
 SLIDES = [ROWS, SINGLE, BLOCKS]
 SLIDING = {"window": 200, "longest": 801}
 RUNS = [

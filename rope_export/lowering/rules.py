@@ -447,8 +447,8 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
         )
     if single:
         branches.append(
-            "a single new token is attended with its query scaled before and a sink of no weight: "
-            "GroupQueryAttention on the CPU then multiplies by vectors"
+            "a single new token is a call of its own, with its query scaled before: "
+            "GroupQueryAttention on the CPU then multiplies by vectors, which is faster"
         )
     if block:
         branches.append(

@@ -66,6 +66,7 @@ class Decoder:
         self.batch = batch
         self.capacity = capacity
         self._captured = _CapturedStep(self) if cuda_graph else None
+        self._step: _Step | None = None
         inputs = {value.name: value for value in session.raw.get_inputs()}
         outputs = {value.name: value for value in session.raw.get_outputs()}
         given, answer = inputs[layout.tokens], outputs[layout.output]
@@ -211,12 +212,17 @@ class Decoder:
             )
         ids = self._checked_positions(position_ids, 1)
         self._check_room(1)
-        real = np.ones((self.batch, 1), dtype=np.int64)
         if self._captured is not None and self._lengths.any():
             output = self._captured.run(given, ids)
             self._lengths = self._lengths + 1
             return output
-        return self._run(given, real, ids)
+        if self.layout.packs_rows:
+            if self._step is None:
+                self._step = _Step(self)
+            output = self._step.run(given, ids)
+            self._lengths = self._lengths + 1
+            return output
+        return self._run(given, np.ones((self.batch, 1), dtype=np.int64), ids)
 
     def _run(self, tokens: Array, real: Array, ids: Array | None) -> Array:
         earlier = self._mask
@@ -318,6 +324,55 @@ class Decoder:
                 f"position_ids must be integers {list(shape)}, got {list(ids.shape)} of {ids.dtype}"
             )
         return ids.astype(np.int64)
+
+
+class _Step:
+    """One token for every row, past and present in one buffer: all but the mask stays bound.
+
+    Wrapping and binding arrays anew takes as long as a small graph runs.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        layout, batch = decoder.layout, decoder.batch
+        self._binding = decoder.session.raw.io_binding()
+        self._tokens: Array = np.zeros((batch, 1, *decoder._width), decoder.dtype)
+        self._answer: Array = np.zeros((batch, 1, *decoder._answer_width), decoder.output_dtype)
+        self._ones: Array = np.ones(batch * decoder.capacity, decoder._mask_dtype)
+        axes = layout.position_axes
+        self._ids: Array = np.zeros((*([axes] if axes > 1 else []), batch, 1), np.int64)
+        inputs = {layout.tokens: self._tokens, **({"position_ids": self._ids} if axes else {})}
+        self._kept = [to_ort(array) for array in (*inputs.values(), self._answer)]
+        for name, value in zip(inputs, self._kept, strict=False):
+            self._binding.bind_ortvalue_input(name, value)
+        self._binding.bind_ortvalue_output(layout.output, self._kept[-1])
+        for (past, present, *_), value in zip(layout.names(), decoder._buffers, strict=True):
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_ortvalue_output(present, value)
+
+    def run(self, tokens: Array, ids: Array | None) -> Array:
+        decoder = self._decoder
+        np.copyto(self._tokens, tokens)
+        if ids is not None:
+            np.copyto(self._ids, ids)
+        try:
+            if decoder.layout.mask:
+                mask = to_ort(self._mask())
+                self._binding.bind_ortvalue_input(MASK, mask)
+            decoder.session.raw.run_with_iobinding(self._binding, decoder._run_options())
+        except Exception as error:
+            raise RuntimeError(first_line(error)) from error
+        return self._answer.copy()
+
+    def _mask(self) -> Array:
+        lengths = self._decoder._lengths
+        longest, batch = int(lengths.max()), len(lengths)
+        mask = self._ones[: batch * (longest + 1)].reshape(batch, longest + 1)
+        if int(lengths.min()) == longest:
+            return mask
+        mask = mask.copy()
+        mask[:, :longest] = np.arange(longest) < lengths[:, None]
+        return mask
 
 
 class _CapturedStep:
