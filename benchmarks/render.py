@@ -1,22 +1,24 @@
-"""Write the README's tables of measurements from the committed results, so that none is typed.
+"""Write the README's tables and plots from the committed results, so that no number is typed.
 
-A table stands between two comments, the first of which says what it is made of:
+A table or picture stands between two comments, the first of which says what it is made of:
 
     <!-- measured block prefill 4096 FILE -->
     <!-- measured rotation static FILE -->
     <!-- measured train FILE -->
+    <!-- measured plot FILE -->
     ...
     <!-- end -->
 
-FILE is in benchmarks/results/. Every table is headed by machine, versions, date, and the command
-that does it again.
+FILE is in benchmarks/results/, and so are the pictures. Every table is headed by machine, versions,
+date, and the command that does it again.
 
-    python benchmarks/render.py           # rewrites README.md
+    python benchmarks/render.py           # rewrites README.md and the pictures
     python benchmarks/render.py --check   # exit code 1 where it would change
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import statistics
@@ -26,10 +28,11 @@ from typing import Any
 
 import click
 
-from rope_export.bench import peers
+from rope_export.bench import peers, plot
 from rope_export.bench.results import Results, shown
 
 ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 _MARKED = re.compile(r"(<!-- measured (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 _FORWARD, _BACKWARD = "forward", "backward"
 
@@ -39,11 +42,34 @@ def rendered(text: str) -> str:
 
     def table(match: re.Match[str]) -> str:
         kind, *arguments = match[2].split()
-        file = ROOT / "benchmarks" / "results" / arguments[-1]
-        lines = TABLES[kind](json.loads(file.read_text()), *arguments[:-1])
+        file = RESULTS / arguments[-1]
+        if kind == PLOT:
+            lines = of_plot(file)
+        else:
+            lines = TABLES[kind](json.loads(file.read_text()), *arguments[:-1])
         return "\n".join([match[1].rstrip("\n"), *lines, match[3]])
 
     return _MARKED.sub(table, text)
+
+
+def drawn_from(text: str) -> dict[Path, Path]:
+    """The results that are drawn, by picture."""
+    marks = [match[2].split() for match in _MARKED.finditer(text)]
+    files = [RESULTS / name for kind, *_, name in marks if kind == PLOT]
+    return {file.with_suffix(".png"): file for file in files}
+
+
+def digest(file: Path) -> str:
+    """Written into a picture: of the results that it shows."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def of_plot(file: Path) -> list[str]:
+    """The picture of ``rope-export bench`` over all its lengths."""
+    results = Results.from_json(json.loads(file.read_text()))
+    phases = " and ".join(dict.fromkeys(phase for phase, _ in results.cases()))
+    picture = file.with_suffix(".png").relative_to(ROOT)
+    return [f"![{phases}: latency and peak memory over length]({picture})"]
 
 
 def of_block(content: dict[str, Any], phase: str, length: str) -> list[str]:
@@ -164,6 +190,7 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
+PLOT = "plot"
 TABLES = {"block": of_block, "rotation": of_rotation, "train": of_train}
 
 
@@ -175,6 +202,9 @@ def main(*, check: bool) -> None:
     after = rendered(before)
     if check:
         sys.exit(int(before != after))
+    for picture, file in drawn_from(after).items():
+        results = Results.from_json(json.loads(file.read_text()))
+        plot.draw(results, picture, metadata={"Description": digest(file)})
     readme.write_text(after)
 
 

@@ -5,7 +5,8 @@
 #   benchmarks/run.sh cuda            # proofs of every target and dtype first
 #   QUICK=1 benchmarks/run.sh cpu /tmp/out    # small shapes, to see that all of it runs
 #
-# Then, for the README's tables: put the new names into its markers and run benchmarks/render.py.
+# Then, for the README's tables and plots: put the new names into its markers and run
+# benchmarks/render.py.
 set -euo pipefail
 provider=${1:?cpu or cuda}
 out=${2:-benchmarks/results}
@@ -18,7 +19,7 @@ if [ -n "${QUICK:-}" ]; then
   wide=("${shape[@]}") lengths=16,64 long=96 window=16 proof=48 rotation=1,4,64,32 rounds=2
 else
   shape=(--kv-heads 8) wide=(--hidden 2048 --heads 32 --kv-heads 8 --rounds 60)
-  lengths=1024,4096 long=16384 window=512 proof=4096 rotation=1,32,4096,128 rounds=15
+  lengths=128,512,1024,2048,4096 long=16384 window=512 proof=4096 rotation=1,32,4096,128 rounds=15
 fi
 
 bench() { # NAME OPTION...
@@ -44,9 +45,10 @@ if [ "$provider" = cpu ]; then
   bench long "${shape[@]}" --seq $long --phase prefill --only eager,compile,ort --rounds 2
   bench window "${shape[@]}" --seq $long --window $window --phase prefill --only eager,ort --rounds 2
 fi
+contenders=rotate_pairs,module,round_last,complex,transformers,rotary-embedding-torch
 for strides in contiguous transposed; do
   python "$here/rotation.py" --device "$provider" --shape $rotation --rounds $rounds \
-    --strides $strides --json "$name-rotation-$provider-$strides.json"
+    --strides $strides --only "$contenders" --json "$name-rotation-$provider-$strides.json"
 done
 train=()
 if [ -n "${QUICK:-}" ]; then

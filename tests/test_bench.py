@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from PIL import Image
 
 from rope_export import BadInputError, bench, export, runtime
 from rope_export.bench import peers, plot, work
@@ -299,6 +300,15 @@ def test_the_readme_has_the_numbers_of_the_committed_results():
     assert readme.count("<!-- measured ") == readme.count("<!-- end -->") > 0
     assert render.rendered(readme) == readme
     assert render.rendered(readme.replace(" ms |", " s |", 1)) == readme
+
+
+def test_the_readme_has_pictures_of_the_committed_results():
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    drawn = render.drawn_from(readme)
+    assert drawn
+    for picture, file in drawn.items():
+        assert f"]({picture.relative_to(render.ROOT)})" in readme
+        assert Image.open(picture).text["Description"] == render.digest(file)
 
 
 def test_blocks_of_all_kinds_can_be_named():

@@ -216,13 +216,18 @@ def test_an_interruption_keeps_the_earlier_artifact_and_nothing_else(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # These tests may run where it is ignored: under nohup, or in the background of a script.
+        preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),
     )
-    assert process.stderr is not None
-    assert any(during in line for line in process.stderr)
-    time.sleep(0.5)  # into it
-    process.send_signal(signum)
-    started = time.monotonic()
-    _, rest = process.communicate(timeout=60)
+    try:
+        assert process.stderr is not None
+        assert any(during in line for line in process.stderr)
+        time.sleep(0.5)  # into it
+        process.send_signal(signum)
+        started = time.monotonic()
+        _, rest = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 128 + signum
     assert "interrupted; nothing was written" in rest
     assert time.monotonic() - started < 30

@@ -54,14 +54,14 @@ EXPORTS = {
     "ort, float16, cache": (
         {"dtype": "float16"},
         {"target": "ort", "cache": True},
-        (GQA, 2, "half", 16, "table", ()),  # the whole batch, and row by row
-        (GQA, 2, 4, 2, "never"),
+        (GQA, 3, "half", 16, "table", ()),  # one token, the whole batch, and row by row
+        (GQA, 3, 4, 2, "never"),
     ),
     "ort, window, cache": (
         {"window": 8, "max_seq_len": 1024, "layout": "interleaved"},
         {"target": "ort", "cache": True},
         ("RotaryEmbedding", 2, "interleaved", 16, "table", ("attention_mask",)),
-        (GQA, 3, 4, 2, "never"),  # by blocks, at once, row by row
+        (GQA, 4, 4, 2, "never"),  # one token, by blocks, at once, row by row
     ),
     "onnx, partial, interleaved, positions": (
         {"rotary_dim": 8, "layout": "interleaved"},

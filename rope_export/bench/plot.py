@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,13 @@ def check(file: Path) -> None:
         raise BadInputError("plot needs matplotlib, which is not installed: pip install matplotlib")
 
 
-def draw(results: Results, file: Path) -> None:
+def draw(results: Results, file: Path, *, metadata: Mapping[str, str] | None = None) -> None:
     """Write the picture: a row of latency and memory for each phase.
+
+    Args:
+        results: what is drawn.
+        file: a .png, .svg or .pdf.
+        metadata: written into the file, under keys that its format has.
 
     Raises:
         BadInputError: as of `check`.
@@ -58,7 +64,7 @@ def draw(results: Results, file: Path) -> None:
         f"onnxruntime {machine.get('onnxruntime')}, {results.date}",
         fontsize=10,
     )
-    figure.savefig(file, dpi=120)
+    figure.savefig(file, dpi=120, metadata=dict(metadata or {}))
 
 
 def _lines(row: Any, measured: list[Measurement], name: str, color: str) -> None:
