@@ -43,7 +43,7 @@ def draw(results: Results, file: Path, *, metadata: Mapping[str, str] | None = N
     from matplotlib.figure import Figure
 
     phases = list(dict.fromkeys(phase for phase, _ in results.cases()))
-    figure = Figure(figsize=(11, 4.2 * len(phases)), layout="constrained")
+    figure = Figure(figsize=(13, 4.2 * len(phases)), layout="constrained")
     axes = figure.subplots(len(phases), 2, squeeze=False)
     names = list(dict.fromkeys(m.contender for m in results.measurements if m.seconds))
     colors = {name: f"C{index % 10}" for index, name in enumerate(names)}
@@ -57,6 +57,8 @@ def draw(results: Results, file: Path, *, metadata: Mapping[str, str] | None = N
             if measured:
                 _lines(row, measured, name, colors[name])
         _label(row, phase, sorted({length for _, length in results.cases()}))
+    handles = {line.get_label(): line for axis in axes[:, 0] for line in axis.containers}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9)
     machine = results.environment
     figure.suptitle(
         f"{results.title}, {results.dtype}, batch {results.batch}, {results.provider}\n"
@@ -91,4 +93,3 @@ def _label(row: Any, phase: str, lengths: list[int]) -> None:
         axis.set_xlabel("tokens")
         axis.set_ylabel(unit)
         axis.grid(visible=True, which="major", alpha=0.3)
-        axis.legend(fontsize=8)
