@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rope_export.artifacts.targets import TARGETS, PROVIDERS, DTYPES
 from rope_export import Attention, BadInputError, export, replay, runtime
-from rope_export.draws import to_numpy
+from rope_export.proof.arrays import to_numpy
 from rope_export.lowering import rules
-from rope_export.synthetic import random_block
+from rope_export.attention.random_block import random_block
 
 VARIANTS = {
     "grouped heads": ({"num_kv_heads": 8}, {}),
@@ -102,7 +103,7 @@ def main() -> None:
     os.environ["ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"] = "1"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
-    parser.add_argument("--provider", choices=rules.PROVIDERS, required=True)
+    parser.add_argument("--provider", choices=PROVIDERS, required=True)
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--only", default="", help="variants with this in their name")
     parser.add_argument("--json", type=Path)
@@ -112,7 +113,7 @@ def main() -> None:
         sys.exit(f"provider {arguments.provider} cannot be used here: {reason}")
     documents, failed = [], 0
     variants = [name for name in VARIANTS if arguments.only in name]
-    for target, dtype, variant in itertools.product(rules.TARGETS, rules.DTYPES, variants):
+    for target, dtype, variant in itertools.product(TARGETS, DTYPES, variants):
         shape, options = VARIANTS[variant]
         block = random_block(
             **{"hidden_size": 1024, "num_heads": 16, "dtype": dtype, **shape},

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rope_export import RotaryEmbedding
-from rope_export.pairs import Layout, rotate_pairs
+from rope_export.rope.pairs import Layout, rotate_pairs
 
 Turn = Callable[[Tensor, Tensor, Tensor, Layout], Tensor]
 Pair = tuple[Tensor, Tensor]

@@ -3,7 +3,7 @@
 A step is forward and backward, without an optimizer. All blocks are `rope_export.Attention` with
 the same weights and differ in the rotation alone. Output, input gradient and the gradient of the
 query projection are compared with a float64 evaluation before anything is timed: ours may be as far
-off as `rope_export.comparison` allows, others as far as if they rounded after every operation; one
+off as `rope_export.artifacts.comparison` allows, others as far as if they rounded after every operation; one
 that is further is not timed. All live in one process and take turns, in another order each round.
 Ratios are medians over the rounds; "of ours" is of ours with the same pairing. Contenders whose
 package is missing are left out; flash-attn and liger need CUDA.
@@ -49,8 +49,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rope_export import Attention
-from rope_export.comparison import Errors, errors_against, tolerance
-from rope_export.pairs import Layout
+from rope_export.artifacts.comparison import Errors, errors_against, tolerance
+from rope_export.rope.pairs import Layout
 from rope_export.runtime import Machine
 
 Forward = Callable[[Tensor], Tensor]

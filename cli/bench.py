@@ -15,7 +15,7 @@ from .options import json_option, seed_option, speaking_of_options
 from .source import LONGEST, PARAMETERS, Source, source_options
 
 if TYPE_CHECKING:
-    from rope_export.attention import Attention
+    from rope_export.attention.block import Attention
     from rope_export.bench import Results
 
 _CONTENDERS = ("eager", "compile", "plain", "ort", "onnx", "primitive")
@@ -221,9 +221,9 @@ def _refuse_shape(context: click.Context, values: dict[str, Any]) -> None:
 
 def _of_artifact(folder: Path, source: Source, longest: int) -> tuple[Attention, dict[str, Path]]:
     """The block an artifact was made of, and where its graph is."""
-    from rope_export.artifact import Artifact
+    from rope_export.artifacts.artifact import Artifact
+    from rope_export.attention.random_block import block_of_artifact
     from rope_export.errors import BadInputError
-    from rope_export.synthetic import block_of_artifact
 
     found = Artifact.read(folder, verify=True)
     options = found.config.get("options") or {}

@@ -121,10 +121,10 @@ def block(
     source = Source.read(context, of_the_block)
     out = out or Path("exported") / source.name
     steps("loading PyTorch")
-    from rope_export import artifact
-    from rope_export.exporter import export
+    from rope_export.artifacts.folder import check_destination
+    from rope_export.exporting.export import export
 
-    artifact.check_destination(out)
+    check_destination(out)
     if source.layer is not None:
         steps(f"reading layer {source.layer.index} of {of_the_block['checkpoint']}")
     longest = source.longest(seq)

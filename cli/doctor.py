@@ -38,6 +38,7 @@ def doctor(providers: tuple[str, ...], as_json: bool) -> None:
     for.
     """
     try:
+        from rope_export.lowering.choice import attending_operator
         from rope_export.runtime.diagnosis import diagnose
     except ImportError as error:  # numpy, without which nothing of this package runs
         package = (error.name or "numpy").partition(".")[0]
@@ -45,7 +46,7 @@ def doctor(providers: tuple[str, ...], as_json: bool) -> None:
             f"nothing can run here: {error}; pip install {package}"
         ) from error
 
-    found = diagnose(providers)
+    found = diagnose(providers, attends=attending_operator)
     with show.to_stdout():
         if as_json:
             click.echo(json.dumps(found.to_json(), indent=2, allow_nan=False))

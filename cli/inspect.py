@@ -107,7 +107,7 @@ def _model(path: Path) -> tuple[dict[str, Any], Iterable[Row]]:
 
 
 def _artifact(path: Path) -> tuple[dict[str, Any], Iterable[Row]]:
-    from rope_export.artifact import Artifact
+    from rope_export.artifacts.artifact import Artifact
     from rope_export.inspection.report import inspect_model
 
     artifact = Artifact.read(path, verify=False)

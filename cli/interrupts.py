@@ -73,9 +73,9 @@ def _watch(read_end: int, finished: threading.Event) -> None:
         if message[0] not in _SIGNALS:
             continue
         if not finished.wait(_PATIENCE_SECONDS):
-            from rope_export import artifact
+            from rope_export.artifacts import folder
 
-            artifact.discard_unfinished()
+            folder.discard_unfinished()
             click.echo(f"rope-export: error: {MESSAGE}", err=True)
             os._exit(128 + message[0])
     os.close(read_end)

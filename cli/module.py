@@ -112,14 +112,14 @@ def module(
         for provider in providers:
             runtime.require(provider)
     steps("loading PyTorch")
-    from rope_export import artifact
-    from rope_export.exporter import export
+    from rope_export.artifacts.folder import check_destination
+    from rope_export.exporting.export import export
 
     from .factory import name_of, request_of, spoken_apart
 
     if out is None:
         out = Path("exported") / name_of(factory)
-    artifact.check_destination(out)
+    check_destination(out)
     with spoken_apart():
         steps(f"running {factory}")
         request = request_of(factory)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 if TYPE_CHECKING:
-    from rope_export.report import Report
+    from rope_export.artifacts.report import Report
 
 
 class Steps:

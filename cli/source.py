@@ -13,7 +13,7 @@ from click.core import ParameterSource
 from .options import JsonObject
 
 if TYPE_CHECKING:
-    from rope_export.attention import Attention
+    from rope_export.attention.block import Attention
     from rope_export.pretrained.layer import Layer
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -267,7 +267,7 @@ class Source:
         """
         dtype = self.values["dtype"]
         if self.layer is not None:
-            from rope_export.attention import Attention
+            from rope_export.attention.block import Attention
 
             return Attention.from_checkpoint(
                 self.values["checkpoint"],
@@ -276,7 +276,7 @@ class Source:
                 dtype=dtype,
                 max_seq_len=longest,
             )
-        from rope_export.synthetic import random_block
+        from rope_export.attention.random_block import random_block
 
         return random_block(seed=seed, **self.describe(longest, dtype or "float32"))
 

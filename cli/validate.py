@@ -27,7 +27,7 @@ def validate(folder: Path, providers: tuple[str, ...], as_json: bool) -> None:
 
     Checks first that no file has changed since the export. Writes nothing.
     """
-    from rope_export.trial import replay
+    from rope_export.runtime.replay import replay
 
     report = replay(folder, providers=providers, progress=show.Steps())
     show.show(report, folder, as_json=as_json)

@@ -38,7 +38,7 @@ def eager(folder: Path) -> float:
     """Tokens per second of the same block in eager PyTorch, on as many tokens."""
     import torch
 
-    from rope_export.synthetic import block_of_artifact
+    from rope_export.attention.random_block import block_of_artifact
 
     block = block_of_artifact(folder)
     dtype = block.dtype

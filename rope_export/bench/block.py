@@ -20,7 +20,7 @@ from rope_export.bench.turns import Contender, Job, TurnError, at_a_time
 from rope_export.errors import BadInputError, RopeExportError
 
 if TYPE_CHECKING:
-    from rope_export.attention import Attention
+    from rope_export.attention.block import Attention
 
 Array = npt.NDArray[Any]
 Progress = Callable[[str], None]
@@ -163,7 +163,7 @@ def _check(
 def _store(block: Attention, folder: Path, batch: int, longest: int, seed: int) -> None:
     import torch
 
-    from rope_export.draws import draw, input_gain
+    from rope_export.proof.draws import draw, input_gain
 
     torch.save(block, folder / BLOCK)
     rng = np.random.default_rng(seed)
@@ -204,7 +204,7 @@ def _prepared(
 ) -> str | None:
     """Write what a contender needs; why it cannot run, or None."""
     from rope_export.bench import peers
-    from rope_export.exporter import export
+    from rope_export.exporting.export import export
 
     cached = f"{name}-cache"
     key = cached if phase == "decode" else name
@@ -234,7 +234,7 @@ def _export_plainly(block: Attention, folder: Path, *, cache: bool) -> None:
     """What ``torch.onnx.export`` makes of the same block at its default opset."""
     import torch
 
-    from rope_export.tracing import quiet_torch
+    from rope_export.exporting.tracing import quiet_torch
 
     folder.mkdir()
     tokens = torch.zeros(2, 6, block.hidden_size, dtype=block.dtype)
@@ -356,8 +356,8 @@ def _errors(
     """Error of every answer against float64 truth, and what one of ours may be off by."""
     import torch
 
-    from rope_export.comparison import errors_against, tolerance
-    from rope_export.reference import attention_truth
+    from rope_export.artifacts.comparison import errors_against, tolerance
+    from rope_export.proof.reference import attention_truth
 
     tokens = torch.from_numpy(np.load(folder / TOKENS)[:, :length]).to(block.dtype)
     rows = torch.arange(max(0, length - ROWS) if phase == "prefill" else length - 1, length)

@@ -24,11 +24,11 @@ import torch
 from rope_export import runtime
 from rope_export.bench import steps as ours
 from rope_export.bench.turns import Job, Step
-from rope_export.pairs import Layout
+from rope_export.rope.pairs import Layout
 
 if TYPE_CHECKING:
-    from rope_export.attention import Attention
-    from rope_export.rotary import RotaryEmbedding
+    from rope_export.attention.block import Attention
+    from rope_export.rope.embedding import RotaryEmbedding
 
 _BUILT_TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
@@ -142,7 +142,7 @@ def _save_weights(block: Attention, folder: Path, _: str) -> None:
 
 
 def _read(job: Job) -> tuple[dict[str, Any], dict[str, torch.Tensor], torch.Tensor]:
-    from rope_export.draws import from_numpy
+    from rope_export.proof.arrays import from_numpy
 
     torch.set_grad_enabled(False)
     folder = Path(job.folder) / job.contender
@@ -258,7 +258,7 @@ def _transformers(job: Job) -> Step:
 
 
 def _export_by_transformers(block: Attention, folder: Path, provider: str) -> None:
-    from rope_export.tracing import quiet_torch
+    from rope_export.exporting.tracing import quiet_torch
 
     exporters = _library("transformers.exporters.exporter_onnx")
     model = _llama_attention(_shape(block), block.state_dict())

@@ -55,7 +55,7 @@ def block_of(job: Job) -> tuple[Any, Any]:
     """The block and its tokens, where the job runs."""
     import torch
 
-    from rope_export.draws import from_numpy
+    from rope_export.proof.arrays import from_numpy
 
     torch.set_grad_enabled(False)
     block = torch.load(Path(job.folder) / BLOCK, weights_only=False).to(job.provider).eval()
@@ -111,7 +111,7 @@ def eager_decoding(block: Any, tokens: Any, *, compiled: bool = False) -> Callab
     """One token after ``tokens[:, :-1]``: a static cache of just that length, written in place."""
     import torch
 
-    from rope_export.scores import visible_keys
+    from rope_export.attention.visibility import visible_keys
 
     past, new = tokens.shape[1] - 1, tokens[:, -1:]
     _, cache = block(tokens[:, :-1], past=block.empty_cache(tokens.shape[0]))
@@ -226,7 +226,7 @@ def _chunks(tokens: Array) -> list[slice]:
 
 def _is_captured(job: Job, folder: Path) -> bool:
     """Whether the decoding step can be a CUDA graph."""
-    from rope_export.artifact import Artifact
+    from rope_export.artifacts.artifact import Artifact
 
     layout = Artifact.read(folder, verify=False).cache
     shared = layout is not None and layout.packs_rows and not layout.by_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rope_export.attention import Attention
+from rope_export.attention.block import Attention
 
 
 def flops(block: Attention, phase: str, length: int, batch: int) -> int:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from rope_export.lowering import ops, primitive, rules
-from rope_export.lowering.tokens import Tokens
-from rope_export.pairs import Layout
-from rope_export.rotation import rotate_sequence
-from rope_export.scores import visible_keys
-
-if TYPE_CHECKING:
-    from rope_export.attention import Attention, Cache
+from rope_export.attention.block import Attention, Cache
+from rope_export.attention.tokens import Tokens
+from rope_export.attention.visibility import visible_keys
+from rope_export.lowering import new_tokens, ops, primitive, rules
+from rope_export.lowering.choice import Choice
+from rope_export.rope.pairs import Layout
+from rope_export.rope.rotation import rotate_sequence
 
 # torch 2.11 fixes dynamic axes when it merges several of them; 2.13 does not.
 _MERGES_AXES = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
@@ -73,7 +70,7 @@ def rotated_projections(
     return q, k, v
 
 
-def attend(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tensor, Cache | None]:
+def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cache | None]:
     """Emit projections, rotation and Attention.
 
     Returns:
@@ -86,7 +83,7 @@ def attend(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tens
     q, k, v = rotated_projections(block, tokens.hidden_states, tokens.position_ids, widened=widened)
     visible = None
     if tokens.attention_mask is not None:
-        visible = tokens.visible(causal=block.causal, window=block.window)
+        visible = new_tokens.visible(tokens, causal=block.causal, window=block.window)
     elif block.window is not None:
         token = torch.arange(q.shape[1])
         visible = visible_keys(token, token, causal=block.causal, window=block.window)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rope_export.pairs import Layout
+from rope_export.rope.pairs import Layout
 
 Attributes = dict[
     str,

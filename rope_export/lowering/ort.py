@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from rope_export.lowering import onnx, ops, packing, rules
-from rope_export.lowering.tokens import Tokens
-from rope_export.pairs import Layout
+from rope_export.attention.block import Attention, Cache
+from rope_export.attention.tokens import Tokens
+from rope_export.lowering import new_tokens, onnx, ops, packing, rules
+from rope_export.lowering.choice import Choice
+from rope_export.rope.pairs import Layout
 
-if TYPE_CHECKING:
-    from rope_export.attention import Attention, Cache
 
-
-def attend(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tensor, Cache | None]:
+def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cache | None]:
     """Emit projections, rotation and the chosen attention.
 
     Returns:
@@ -29,14 +26,16 @@ def attend(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tens
     return onnx.attend(block, tokens, choice)
 
 
-def _gqa(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tensor, Cache | None]:
+def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cache | None]:
     hidden_states, position_ids = tokens.hidden_states, tokens.position_ids
     mask, slots = tokens.attention_mask, None
     if mask is not None:
         if choice.padding == "left":
             hidden_states, position_ids, slots = packing.pack(tokens)
         else:
-            hidden_states = packing.refuse_other_padding(hidden_states, tokens.last(mask))
+            hidden_states = packing.refuse_other_padding(
+                hidden_states, new_tokens.last(tokens, mask)
+            )
     table = None
     k: Tensor | None
     v: Tensor | None
@@ -59,7 +58,7 @@ def _gqa(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tensor
     # next call writes over it.
     last_index = torch.full((batch,), length - 1, dtype=torch.int32)
     if tokens.past is not None and mask is not None:
-        earlier = mask.sum(-1) - tokens.last(mask).sum(-1)
+        earlier = mask.sum(-1) - new_tokens.last(tokens, mask).sum(-1)
         last_index = (earlier + (length - 1)).to(torch.int32)
     layout: Layout = "half" if block.rope is None else block.rope.layout
     context, key, value = ops.group_query_attention(

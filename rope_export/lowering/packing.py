@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rope_export.lowering.tokens import Tokens
+from rope_export.attention.tokens import Tokens
+from rope_export.lowering import new_tokens
 
 
 def pack(tokens: Tokens) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -16,7 +17,7 @@ def pack(tokens: Tokens) -> tuple[Tensor, Tensor | None, Tensor]:
         ``[B, S]``, which `take_rows` brings the result back with.
     """
     assert tokens.attention_mask is not None
-    real = tokens.last(tokens.attention_mask)
+    real = new_tokens.last(tokens, tokens.attention_mask)
     ahead = real.cumsum(-1)
     column = torch.arange(real.shape[1])
     # Padding keeps its order behind the real tokens.

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from rope_export.lowering import ops, rules
-from rope_export.lowering.tokens import Tokens
-from rope_export.scores import attend_explicitly, visible_keys
+from rope_export.attention.block import Attention, Cache
+from rope_export.attention.tokens import Tokens
+from rope_export.attention.visibility import visible_keys
+from rope_export.attention.written_out import attend_explicitly
+from rope_export.lowering import new_tokens, ops
+from rope_export.lowering.choice import Choice
 
-if TYPE_CHECKING:
-    from rope_export.attention import Attention, Cache
 
-
-def attend(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tensor, Cache | None]:
+def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cache | None]:
     """Emit projections, rotation, scores, softmax and mix.
 
     Returns:
@@ -26,7 +24,7 @@ def attend(block: Attention, tokens: Tokens, choice: rules.Choice) -> tuple[Tens
     visible = None
     if tokens.attention_mask is not None:
         total = tokens.attention_mask.shape[1]
-        visible = tokens.visible(causal=block.causal, window=block.window)
+        visible = new_tokens.visible(tokens, causal=block.causal, window=block.window)
         if tokens.past is not None:
             k = ops.joined(tokens.past[0], k, total)
             v = ops.joined(tokens.past[1], v, total)

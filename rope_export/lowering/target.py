@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from rope_export.artifacts.targets import PROVIDERS
+from rope_export.attention.block import Attention, Cache
+from rope_export.attention.tokens import Tokens
+from rope_export.attention.visibility import token_order
 from rope_export.errors import BadInputError
-from rope_export.lowering import onnx, ort, primitive, rules
-from rope_export.lowering.tokens import Tokens
-from rope_export.pairs import Layout
-from rope_export.rotation import rotate_sequence
-from rope_export.scores import token_order
+from rope_export.lowering import new_tokens, onnx, ops, ort, primitive, rules
+from rope_export.lowering.choice import Choice, choose
+from rope_export.rope.pairs import Layout
+from rope_export.rope.rotation import rotate_sequence
 
-if TYPE_CHECKING:
-    from rope_export.attention import Attention, Cache
-
-Attend = Callable[["Attention", Tokens, rules.Choice], "tuple[Tensor, Cache | None]"]
+Attend = Callable[["Attention", Tokens, Choice], "tuple[Tensor, Cache | None]"]
 
 _ATTEND: dict[str, Attend] = {
     "ort": ort.attend,
@@ -48,8 +49,8 @@ class Target:
     """An export target and the providers its graph is made for.
 
     Attributes:
-        name: one of `rules.TARGETS`.
-        providers: some of `rules.PROVIDERS`.
+        name: one of `targets.TARGETS`.
+        providers: some of `targets.PROVIDERS`.
         longest: longest sequence served.
         padding: the side on which prompts are padded.
         form: name of the form every attention takes, or None: the best.
@@ -63,7 +64,7 @@ class Target:
     longest: int
     padding: str = "right"
     form: str | None = None
-    choices: list[rules.Choice] = field(default_factory=list)
+    choices: list[Choice] = field(default_factory=list)
     lengths: list[Lengths] = field(default_factory=list)
     lacks: dict[str, str] = field(default_factory=dict)
 
@@ -89,9 +90,9 @@ class Target:
             mask=tokens.attention_mask is not None,
             padding=self.padding,
         )
-        choice = rules.choose(self.name, describe(self.providers), self.form)
+        choice = choose(self.name, describe(self.providers), self.form)
         self.choices.append(choice)
-        for provider in rules.PROVIDERS:
+        for provider in PROVIDERS:
             broken = rules.broken_limits(choice.form, describe([provider]), to_run=True)
             if broken:
                 self.lacks.setdefault(provider, broken[0])
@@ -106,7 +107,7 @@ class Target:
         # The fused operator counts positions itself.
         if tokens.position_ids is None and attention.rope is not None and choice.form.rotation:
             if tokens.attention_mask is not None:
-                places = tokens.last(token_order(tokens.attention_mask))
+                places = new_tokens.last(tokens, token_order(tokens.attention_mask))
                 tokens = replace(tokens, position_ids=places + offset)
             elif shifted:
                 length = tokens.hidden_states.shape[1]
@@ -122,3 +123,9 @@ class Target:
         if self.name == "primitive":  # opset 18 has no operator for it
             return rotate_sequence(x, cos, sin, layout=layout, seq_dim=seq_dim)
         return onnx.rotate(x, cos, sin, layout=layout, seq_dim=seq_dim)
+
+    def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """Emit an RMS norm of the last axis."""
+        if self.name == "primitive":  # opset 18 has no operator for it
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+        return ops.rms_norm(x, torch.ones(x.shape[-1]) if weight is None else weight, eps)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from rope_export.attention.specs import Latent, QKNorm
 from rope_export.pretrained.fields import Fields
 from rope_export.pretrained.layer import Layout, Rope
-from rope_export.specs import Latent, QKNorm
 
 Order = Literal["stacked", "grouped"]
 

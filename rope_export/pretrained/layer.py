@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rope_export.attention.specs import Latent, QKNorm
 from rope_export.errors import BadInputError
-from rope_export.specs import Latent, QKNorm
 
 if TYPE_CHECKING:
-    from rope_export.attention import Attention
-    from rope_export.rotary import RotaryEmbedding
+    from rope_export.attention.block import Attention
+    from rope_export.rope.embedding import RotaryEmbedding
 
 
 Layout = Literal["half", "interleaved"]
@@ -39,7 +39,7 @@ class Rope:
         Raises:
             BadInputError: a parameter is missing, unknown or out of range.
         """
-        from rope_export.rotary import RotaryEmbedding
+        from rope_export.rope.embedding import RotaryEmbedding
 
         try:
             return RotaryEmbedding(
@@ -101,7 +101,7 @@ class Layer:
 
     def attention(self, max_seq_len: int | None = None) -> Attention:
         """Build it, without the checkpoint's weights, for so many positions."""
-        from rope_export.attention import Attention
+        from rope_export.attention.block import Attention
 
         served = self.max_position_embeddings if max_seq_len is None else max_seq_len
         return Attention(

@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from rope_export.attention.specs import Latent, QKNorm
 from rope_export.errors import BadInputError
 from rope_export.pretrained.family import Family
 from rope_export.pretrained.fields import Fields
 from rope_export.pretrained.layer import Layout, Rope
-from rope_export.specs import Latent, QKNorm
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _OF_EVERY_ROPE = {"rope_type", "rope_theta", "partial_rotary_factor"}

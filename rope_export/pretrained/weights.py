@@ -19,7 +19,7 @@ from rope_export.pretrained.geometry import layer_of
 from rope_export.pretrained.layer import Layer
 
 if TYPE_CHECKING:
-    from rope_export.attention import Attention
+    from rope_export.attention.block import Attention
 
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _KEPT = ("float32", "float16", "bfloat16")

@@ -4,11 +4,11 @@
 for and says where its nodes really went.
 """
 
+from rope_export.artifacts.cache_layout import CacheLayout as CacheLayout
+from rope_export.artifacts.cache_layout import LayerCache as LayerCache
+from rope_export.artifacts.targets import ENDPOINTS as ENDPOINTS
 from rope_export.runtime.decoder import Decoder as Decoder
-from rope_export.runtime.layout import CacheLayout as CacheLayout
-from rope_export.runtime.layout import LayerCache as LayerCache
 from rope_export.runtime.machine import Machine as Machine
-from rope_export.runtime.providers import ENDPOINTS as ENDPOINTS
 from rope_export.runtime.providers import available_memory as available_memory
 from rope_export.runtime.providers import environment as environment
 from rope_export.runtime.providers import require as require

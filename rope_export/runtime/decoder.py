@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rope_export.artifacts.artifact import Artifact
+from rope_export.artifacts.cache_layout import MASK, CacheLayout
 from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
-from rope_export.runtime.layout import MASK, CacheLayout
 from rope_export.runtime.providers import first_line, onnxruntime_module
 from rope_export.runtime.session import Session, on_device, to_ort
 
@@ -100,8 +101,6 @@ class Decoder:
                 arithmetic.
             RuntimeError: onnxruntime does not load the graph.
         """
-        from rope_export.artifact import Artifact  # which needs this package's providers
-
         artifact = Artifact.read(Path(folder), verify=True)
         if artifact.cache is None:
             raise BadInputError(

@@ -6,19 +6,18 @@ Nothing here needs PyTorch or the packages of the exporter.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-import rope_export
-from rope_export.errors import BadInputError
+from rope_export.artifacts.targets import DTYPES, ENDPOINTS, IR_VERSION, OPSETS
+from rope_export.artifacts.version import __version__
 from rope_export.runtime import findings, packages, pytorch
 from rope_export.runtime.machine import Machine
 from rope_export.runtime.onnxruntime_build import Onnxruntime, Provider
-from rope_export.runtime.packages import Dependency
-from rope_export.runtime.providers import ENDPOINTS, check_name
-from rope_export.runtime.pytorch import PyTorch, Tf32
-from rope_export.targets import IR_VERSION, OPSETS
+from rope_export.runtime.providers import check_name
+from rope_export.runtime.pytorch import PyTorch
+from rope_export.runtime.state import Diagnosis as Diagnosis
+from rope_export.runtime.state import Target as Target
 
 GRAPHS = ("onnx", "onnx-ir", "onnxscript")
 OPTIONAL = (
@@ -27,73 +26,18 @@ OPTIONAL = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Target:
-    """An export target on this machine.
-
-    Attributes:
-        opset: what its graphs are written in.
-        loads: whether the onnxruntime here loads that; None where nothing could be opened.
-        runs: for every provider that loads and every dtype, the operator that attends in a plain
-            block (causal, grouped heads); None without PyTorch, on which the rules depend.
-    """
-
-    opset: int
-    loads: bool | None
-    runs: dict[str, dict[str, str]] | None
+Attends = Callable[[str, str, str], str | None]
+"""From a target, a provider and a dtype to the operator that attends in a plain block, or None."""
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """What was found.
-
-    Attributes:
-        rope_export: version of this package.
-        machine: processor, memory, GPUs.
-        torch: PyTorch, absent included.
-        onnxruntime: which build, and what it loads.
-        packages: onnx and the exporter's packages by version, None where absent.
-        optional: packages that something here can work with, likewise.
-        dependencies: what this package declares to need, each checked; None when it runs from a
-            folder that is not installed, or without ``packaging``.
-        providers: every execution provider, tried.
-        targets: every export target.
-        ir_version: of the format, in which every target writes.
-        tf32: whether float32 may be rounded to TF32 on CUDA.
-        problems: one line each, with what to do.
-        notes: what is worth knowing and no problem.
-    """
-
-    rope_export: str
-    machine: Machine
-    torch: PyTorch
-    onnxruntime: Onnxruntime
-    packages: dict[str, str | None]
-    optional: dict[str, str | None]
-    dependencies: tuple[Dependency, ...] | None
-    providers: dict[str, Provider]
-    targets: dict[str, Target]
-    ir_version: int
-    tf32: Tf32
-    problems: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is no problem."""
-        return not self.problems
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain data, the verdict first."""
-        return {"ok": self.ok, **asdict(self)}
-
-
-def diagnose(providers: Sequence[str] = ()) -> Diagnosis:
+def diagnose(providers: Sequence[str] = (), *, attends: Attends | None = None) -> Diagnosis:
     """Look at everything that exporting, proving and serving depend on.
 
     Args:
         providers: execution providers that must load; one that does not is a problem. Without
             them the CPU must, and CUDA where there is an NVIDIA GPU.
+        attends: knows the rules of the export targets (`lowering.choice.attending_operator`);
+            without it, or without PyTorch, nothing is said of them.
 
     Raises:
         BadInputError: there is no such provider.
@@ -109,7 +53,7 @@ def diagnose(providers: Sequence[str] = ()) -> Diagnosis:
     tried = {name: Provider.tried(name, build) for name in ENDPOINTS}
     torch = PyTorch.here()
     found = Diagnosis(
-        rope_export=rope_export.__version__,
+        rope_export=__version__,
         machine=Machine.this(),
         torch=torch,
         onnxruntime=build,
@@ -118,7 +62,11 @@ def diagnose(providers: Sequence[str] = ()) -> Diagnosis:
         dependencies=dependencies,
         providers=tried,
         targets={
-            name: Target(opset, _loads(opset, build), _runs(name, tried) if torch.usable else None)
+            name: Target(
+                opset,
+                _loads(opset, build),
+                _runs(name, tried, attends) if torch.usable and attends is not None else None,
+            )
             for name, opset in OPSETS.items()
         },
         ir_version=IR_VERSION,
@@ -137,20 +85,11 @@ def _loads(opset: int, build: Onnxruntime) -> bool | None:
     return opset <= build.highest_opset and build.highest_ir_version >= IR_VERSION
 
 
-def _runs(target: str, tried: Mapping[str, Provider]) -> dict[str, dict[str, str]] | None:
-    try:
-        from rope_export.lowering import rules
-    except ImportError:  # PyTorch is there, what the exporter needs beside it is not
-        return None
+def _runs(
+    target: str, tried: Mapping[str, Provider], attends: Attends
+) -> dict[str, dict[str, str]]:
     runs: dict[str, dict[str, str]] = {}
     for provider in (name for name, state in tried.items() if state.loads):
-        operators = runs.setdefault(provider, {})
-        for dtype in rules.DTYPES:
-            try:
-                choice = rules.choose(
-                    target, [replace(rules.PLAIN, provider=provider, dtype=dtype)]
-                )
-            except BadInputError:
-                continue
-            operators[dtype] = choice.form.attention.removeprefix("::")
+        operators = {dtype: attends(target, provider, dtype) for dtype in DTYPES}
+        runs[provider] = {dtype: found for dtype, found in operators.items() if found is not None}
     return runs

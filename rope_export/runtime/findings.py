@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING
 
 from rope_export.runtime import packages
 from rope_export.runtime.machine import gpus_are_hidden
 from rope_export.runtime.packages import ONNXRUNTIME, Dependency
 from rope_export.runtime.pytorch import OVERRIDE
-
-if TYPE_CHECKING:
-    from rope_export.runtime.diagnosis import Diagnosis
+from rope_export.runtime.state import Diagnosis
 
 
 def problems(found: Diagnosis, *, asked: Collection[str]) -> Iterator[str]:

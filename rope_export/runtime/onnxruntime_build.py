@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from rope_export.artifacts.targets import ENDPOINTS
 from rope_export.runtime import packages, providers
 from rope_export.runtime.libraries import missing_libraries
 
@@ -91,7 +92,7 @@ class Provider:
         if reason is None:
             return cls(True)
         built_in = providers.onnxruntime_module().get_available_providers()
-        if providers.ENDPOINTS[name] not in built_in:
+        if ENDPOINTS[name] not in built_in:
             return cls(False, reason, (), _with_gpu(build))
         missing = missing_libraries(providers.library_folder() / providers.CUDA_LIBRARY)
         if not missing:

@@ -13,12 +13,12 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rope_export.artifacts.targets import ENDPOINTS
 from rope_export.errors import BadInputError, ProviderUnavailableError
 
 if TYPE_CHECKING:
     import onnxruntime
 
-ENDPOINTS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 CUDA_LIBRARY = "libonnxruntime_providers_cuda.so"
 # fp32 is compared with fp32: onnxruntime would use TF32 tensor cores on CUDA otherwise.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}

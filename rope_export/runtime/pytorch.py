@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable
@@ -15,10 +16,8 @@ OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 
 
 def torch_module() -> Any:
-    """PyTorch, imported when it is asked for."""
-    import torch
-
-    return torch
+    """PyTorch, where it is installed: nothing in this room depends on it."""
+    return importlib.import_module("torch")
 
 
 @dataclass(frozen=True)

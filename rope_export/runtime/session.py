@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rope_export.artifacts.targets import ENDPOINTS
 from rope_export.errors import ProviderUnavailableError
 from rope_export.runtime.providers import (
-    ENDPOINTS,
     first_line,
     onnxruntime_module,
     open_session,

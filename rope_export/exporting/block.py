@@ -1,0 +1,351 @@
+"""`BlockRequest`: an attention block as a module whose inputs are known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import nn
+
+from rope_export.artifacts.cache_layout import MASK, PADDINGS
+from rope_export.artifacts.targets import DTYPES
+from rope_export.attention.adapters import refuse_what_weights_do_not_say
+from rope_export.attention.block import Attention
+from rope_export.errors import BadInputError
+from rope_export.exporting.request import DEFAULT_LONGEST, Entry, checked_providers
+from rope_export.exporting.signature import Axes, Signature
+from rope_export.exporting.tracing import check_ranges
+from rope_export.lowering import rules
+from rope_export.lowering.choice import Choice, choose
+from rope_export.lowering.target import Lengths
+from rope_export.runtime.trial import OUTPUT, PRESENTS
+
+# None of the shapes a block is proven at.
+TRACED_BATCH, TRACED_LENGTH, TRACED_PAST = 2, 6, 5
+# onnxruntime indexes batches with 32 bits.
+_MAX_BATCH = 2**31 - 1
+_LEAST_RANGE = 16
+_INTEGERS = ("position_ids", MASK)
+
+
+@dataclass(frozen=True)
+class BlockRequest:
+    """A block, for where it is exported, and over which shapes.
+
+    Attributes:
+        block: what is exported.
+        target: one of `targets.TARGETS`.
+        providers: providers the graph must be legal on.
+        dtype: of weights and activations.
+        longest: longest sequence served.
+        position_ids: whether positions are a graph input.
+        static: one batch and length instead of dynamic ones.
+        batch: rows of a static graph.
+        seed: of the inputs of the proof.
+        cache: whether past keys and values come in and present ones go out.
+        attention_mask: whether a mask comes in, as it always does with ``cache``.
+        padding: the side on which prompts are padded.
+        form: name of the form taken, or None: the best one that is legal.
+    """
+
+    block: Attention
+    target: str
+    providers: tuple[str, ...]
+    dtype: str
+    longest: int
+    position_ids: bool
+    static: bool
+    batch: int
+    seed: int
+    cache: bool = False
+    attention_mask: bool = False
+    padding: str = "right"
+    form: str | None = None
+
+    graph_name = "attention"
+    learned = ()
+
+    @classmethod
+    def checked(
+        cls,
+        block: Attention,
+        *,
+        target: str,
+        providers: Sequence[str],
+        max_seq_len: int | None,
+        position_ids: bool,
+        static: bool,
+        batch: int,
+        seed: int,
+        cache: bool = False,
+        attention_mask: bool = False,
+        padding: str = "right",
+        form: str | None = None,
+    ) -> BlockRequest:
+        """Check a request against the block.
+
+        Raises:
+            BadInputError: an argument is not acceptable.
+        """
+        chosen = checked_providers(target, providers)
+        refuse_what_weights_do_not_say(block)
+        weights = {n: p for n, p in block.named_parameters() if not n.startswith("rope.")}
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in weights.values()}
+        if len(dtypes) != 1 or not dtypes <= set(DTYPES):
+            raise BadInputError(
+                f"all weights must share one dtype of {', '.join(DTYPES)}, "
+                f"got {', '.join(sorted(dtypes))}"
+            )
+        served = None if block.rope is None else block.rope.max_seq_len
+        longest = (served or DEFAULT_LONGEST) if max_seq_len is None else max_seq_len
+        if longest < 1:
+            raise BadInputError(f"max_seq_len must be at least 1, got {longest}")
+        if block.rope is not None and longest > block.rope.positions:
+            raise BadInputError(
+                f"max_seq_len must be at most the {block.rope.positions} positions of the block's "
+                f"RotaryEmbedding, got {longest}"
+            )
+        if batch < 1:
+            raise BadInputError(f"batch must be at least 1, got {batch}")
+        if batch != 1 and not static:
+            raise BadInputError(
+                f"batch is for static graphs: pass static=True too, got batch={batch}"
+            )
+        if position_ids and block.rope is None:
+            raise BadInputError("position_ids needs a block with a RotaryEmbedding, got rope=None")
+        if not position_ids and block.rope is not None and not block.rope.found.one_position:
+            raise BadInputError(
+                f"position_ids must be an input: tokens have {block.rope.axes} axes with scaling "
+                f"{block.rope.scaling}"
+            )
+        if cache and not block.causal:
+            raise BadInputError(
+                "cache needs causal attention: an earlier token would have to see later ones, "
+                "got causal=False"
+            )
+        if cache and static:
+            raise BadInputError(
+                "cache needs dynamic lengths, one graph for prefill and decode: got static=True"
+            )
+        if cache and longest < 2:
+            raise BadInputError(f"max_seq_len must be at least 2 with cache, got {longest}")
+        if padding not in PADDINGS:
+            raise BadInputError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+        if padding == "left" and not (cache or attention_mask):
+            raise BadInputError(
+                "padding needs cache or attention_mask, got padding='left' without either"
+            )
+        request = cls(
+            block,
+            target,
+            chosen,
+            dtypes.pop(),
+            longest,
+            position_ids,
+            static,
+            batch,
+            seed,
+            cache,
+            attention_mask or cache,
+            padding,
+            form,
+        )
+        request.choose()
+        return request
+
+    def to_json(self) -> dict[str, Any]:
+        """The request as ``config.json`` has it: all but the block."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "block"}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any], block: Attention) -> BlockRequest:
+        """Read a request back from ``config.json``, for the block as it was then."""
+        return cls(block, **content | {"providers": tuple(content["providers"])})
+
+    @property
+    def module(self) -> nn.Module:
+        """What is exported."""
+        return self.block
+
+    # Which operators.
+
+    def situations(self, providers: Sequence[str]) -> list[rules.Situation]:
+        """Describe the block to the rules, once for each of ``providers``."""
+        return rules.situations(
+            self.block,
+            providers,
+            dtype=self.dtype,
+            implied_positions=not self.position_ids,
+            longest=self.longest,
+            cache=self.cache,
+            mask=self.attention_mask,
+            padding=self.padding,
+        )
+
+    def choose(self) -> Choice:
+        """Choose the form.
+
+        Raises:
+            BadInputError: the target has none that is legal.
+        """
+        return choose(self.target, self.situations(self.providers), self.form)
+
+    # What goes in and comes out.
+
+    def known(self) -> tuple[Signature, tuple[Choice, ...]]:
+        """What the graph takes and gives, and how it attends: known before it is traced."""
+        return self.signature, (self.choose(),)
+
+    @cached_property
+    def signature(self) -> Signature:
+        """What the graph takes and gives."""
+        inputs, outputs = self.axes()
+        dynamic = {axis for axes in inputs.values() for axis in axes if isinstance(axis, str)}
+        length = inputs["hidden_states"][1]
+        return Signature(
+            inputs,
+            outputs,
+            {label: range_ for label, range_ in self.ranges().items() if label in dynamic},
+            sequence=length if isinstance(length, str) else None,
+            past="past_sequence" if self.cache else None,
+            kinds={OUTPUT: "tokens", **dict.fromkeys(PRESENTS if self.cache else (), "cache")},
+            layers=(0,) if self.cache else (),
+            new=length,
+            masked=self.attention_mask,
+            past_name="past_{kind}",
+            present_name="present_{kind}",
+        )
+
+    def axes(self) -> tuple[Axes, Axes]:
+        """Axes of every graph input and output, dynamic ones by name, in order."""
+        block = self.block
+        batch: str | int = self.batch if self.static else "batch"
+        length: str | int = self.longest if self.static or self.longest == 1 else "sequence"
+        lead = [block.rope.axes] if block.rope is not None and block.rope.axes > 1 else []
+        inputs: Axes = {"hidden_states": [batch, length, block.hidden_size]}
+        outputs: Axes = {OUTPUT: [batch, length, block.hidden_size]}
+        if self.position_ids:
+            inputs["position_ids"] = [*lead, batch, length]
+        if self.cache:
+            for name, width in (("key", block.head_dim), ("value", block.value_head_dim)):
+                heads = block.num_kv_heads
+                inputs[f"past_{name}"] = [batch, heads, "past_sequence", width]
+                outputs[f"present_{name}"] = [batch, heads, "total_sequence", width]
+        if self.attention_mask:
+            inputs[MASK] = [batch, "total_sequence" if self.cache else length]
+        return inputs, outputs
+
+    def ranges(self) -> dict[str, tuple[int, int]]:
+        """The smallest and largest size of every dynamic axis."""
+        # The tracer takes no range as narrow as that of a very small cache.
+        longest = max(self.longest, _LEAST_RANGE) if self.cache else self.longest
+        return {
+            "batch": (1, _MAX_BATCH),
+            "sequence": (1, longest),
+            "past_sequence": (0, longest - 1),
+            "total_sequence": (1, longest),
+        }
+
+    # How it is traced.
+
+    def entry(self) -> Entry:
+        """The block, tensors of the sizes it is traced at, and the ranges of their axes."""
+        length = TRACED_LENGTH if self.cache else min(TRACED_LENGTH, self.longest)
+        past = TRACED_PAST if self.cache else 0
+        sizes = {"batch": TRACED_BATCH, "sequence": length, "past_sequence": past}
+        sizes["total_sequence"] = length + past
+        dims = {
+            name: torch.export.Dim(name, min=low, max=high)
+            for name, (low, high) in self.ranges().items()
+            if low < high
+        }
+        tensors: dict[str, Any] = {}
+        shapes: dict[str, Any] = {}
+        for name, axes in self.signature.inputs.items():
+            shape = [sizes[axis] if isinstance(axis, str) else axis for axis in axes]
+            kind = torch.int64 if name in _INTEGERS else self.block.dtype
+            fill = torch.ones if name == MASK else torch.zeros
+            tensors[name] = fill(shape, dtype=kind, device=self.block.device)
+            shapes[name] = {i: dims[axis] for i, axis in enumerate(axes) if isinstance(axis, str)}
+        hidden_states = tensors.pop("hidden_states")
+        return Entry(self.block, (hidden_states,), _with_past(tensors), _with_past(shapes))
+
+    def signature_of(
+        self, program: torch.export.ExportedProgram, entry: Entry, lengths: Sequence[Lengths]
+    ) -> Signature:
+        """Check that a trace kept every axis as wide as it was asked for.
+
+        Raises:
+            ExportError: one came out fixed or with a narrower range.
+        """
+        del entry, lengths  # known beforehand
+        ranges = self.ranges()
+        check_ranges(
+            program,
+            {
+                name: {i: ranges[axis] for i, axis in enumerate(axes) if isinstance(axis, str)}
+                for name, axes in self.signature.inputs.items()
+            },
+        )
+        return self.signature
+
+    def narrowed(self, error: Exception) -> Exception:
+        """What is raised when the tracer narrows an axis: of this package's own module, a bug."""
+        return error
+
+    def describe(self, signature: Signature) -> dict[str, Any]:
+        """Block and request, as ``config.json`` has them."""
+        del signature
+        return {"block": describe_block(self.block), "export": self.to_json()}
+
+
+def _with_past(by_name: dict[str, Any]) -> dict[str, Any]:
+    """Graph inputs as arguments of the block: ``past`` is a pair."""
+    given: dict[str, Any] = {}
+    for name, value in by_name.items():
+        if name == "past_value":
+            continue
+        if name == "past_key":
+            given["past"] = (value, by_name["past_value"])
+        else:
+            given[name] = value
+    return given
+
+
+def describe_block(block: Attention) -> dict[str, Any]:
+    """Shape, variant and RoPE of a block, as ``config.json`` has them."""
+    rope = block.rope
+    return {
+        "hidden_size": block.hidden_size,
+        "num_heads": block.num_heads,
+        "num_kv_heads": block.num_kv_heads,
+        "head_dim": block.head_dim,
+        "value_head_dim": block.value_head_dim,
+        "causal": block.causal,
+        "window": block.window,
+        "softcap": block.softcap,
+        "sinks": block.sinks is not None,
+        "qk_norm": None if block.q_norm is None else asdict(block.q_norm.spec),
+        "latent": None if block.latent is None else asdict(block.latent.spec),
+        "scale": block.scale,
+        "qkv_bias": block.latent is None and block.q_proj.bias is not None,
+        "out_bias": block.o_proj.bias is not None,
+        "rope": None
+        if rope is None
+        else {
+            "dim": rope.dim,
+            # Loaded or trained frequencies have no base; they are listed instead.
+            "theta": None if rope.learned_freq else rope.theta,
+            "inv_freq": rope.inv_freq.tolist() if rope.theta is None or rope.learned_freq else None,
+            "learned_freq": rope.learned_freq,
+            "layout": rope.layout,
+            "scaling": rope.scaling,
+            "attention_factor": rope.attention_factor,
+            "xpos_scale_base": None if rope.xpos is None else rope.xpos.scale_base,
+            "interpolate_factor": rope.interpolate_factor,
+            "max_seq_len": rope.max_seq_len,
+        },
+    }

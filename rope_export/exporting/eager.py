@@ -1,0 +1,62 @@
+"""Running a module itself, in evaluation mode and uncompiled, and saying where it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from rope_export.errors import BadInputError, RopeExportError
+from rope_export.exporting.call import Call, Flat, Leaf, check_dtype
+from rope_export.exporting.tracing import blamed
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put every part of ``module`` in evaluation mode, and back into its own afterwards."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
+def run_eagerly(
+    call: Call, output_names: Sequence[str] | None, tensors: Sequence[Tensor], where: str
+) -> tuple[list[Leaf], list[Tensor]]:
+    """Run the module itself, uncompiled.
+
+    Args:
+        call: how it is called.
+        output_names: of its results that are no cache, or None.
+        tensors: in place of the example's.
+        where: the sizes they have, in words.
+
+    Returns:
+        names of its results, and the results.
+
+    Raises:
+        BadInputError: it raises.
+    """
+    flat = Flat(call, output_names)
+    try:
+        with (
+            evaluating(call.module),
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            results = flat(*tensors)
+    except RopeExportError:
+        raise
+    except Exception as error:
+        first = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise BadInputError(
+            f"{blamed(error)} raises {type(error).__name__} at {where}: {first}"
+        ) from error
+    for leaf, result in zip(flat.outputs, results, strict=True):
+        check_dtype(leaf.name, result)
+    return flat.outputs, list(results)

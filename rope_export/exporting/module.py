@@ -1,0 +1,375 @@
+"""`ModuleRequest`: any module, with an example of its inputs and what is asked of their axes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rope_export.artifacts.cache_layout import PADDINGS
+from rope_export.artifacts.targets import DTYPES
+from rope_export.attention.adapters import refuse_what_weights_do_not_say
+from rope_export.attention.block import Attention
+from rope_export.errors import BadInputError
+from rope_export.exporting.call import DTYPES as DTYPE_NAMES
+from rope_export.exporting.call import Call, Flat
+from rope_export.exporting.dynamic_shapes import DynamicShapes, LabelledCall, axes_asked
+from rope_export.exporting.eager import run_eagerly
+from rope_export.exporting.labels import AxisRange, size_of
+from rope_export.exporting.request import DEFAULT_LONGEST, Entry, checked_providers
+from rope_export.exporting.signature import Signature, signature_of
+from rope_export.lowering import rules
+from rope_export.lowering.choice import Choice
+from rope_export.lowering.target import Lengths
+from rope_export.rope.embedding import RotaryEmbedding
+
+DrawInputs = Callable[[Mapping[str, int], np.random.Generator], Mapping[str, Any]]
+"""From sizes of labels and a generator to arguments by name."""
+
+_PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
+_LEAST_TRACED = 2
+
+
+class ModuleRequest:
+    """A module, an example of its inputs, and how it is exported.
+
+    Args:
+        labelled: the module, its example, and what is asked of their axes.
+        inputs: draws inputs for the proof, or None.
+        output_names: of outputs that are no cache, or None.
+        target: one of `targets.TARGETS`.
+        providers: providers the graph must be legal on.
+        padding: the side on which prompts are padded.
+        seed: of the inputs of the proof.
+    """
+
+    form: str | None = None
+
+    def __init__(
+        self,
+        labelled: LabelledCall,
+        inputs: DrawInputs | None,
+        output_names: Sequence[str] | None,
+        *,
+        target: str,
+        providers: tuple[str, ...],
+        padding: str,
+        seed: int,
+    ) -> None:
+        self.labelled = labelled
+        self.call = labelled.call
+        self.longest = labelled.longest
+        self.inputs = inputs
+        self.output_names = None if output_names is None else list(output_names)
+        self.target = target
+        self.providers = providers
+        self.padding = padding
+        self.seed = seed
+        self.dtype = _compute_dtype(self.call)
+
+    @property
+    def module(self) -> nn.Module:
+        """What is exported."""
+        return self.call.module
+
+    @property
+    def graph_name(self) -> str:
+        """What the graph is called."""
+        return type(self.module).__name__
+
+    @property
+    def learned(self) -> Sequence[str]:
+        """Names of weights that stay apart in the graph even where they are equal."""
+        return [name for name, _ in self.module.named_parameters()]
+
+    @classmethod
+    def checked(
+        cls,
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        dynamic_shapes: DynamicShapes | None,
+        inputs: DrawInputs | None,
+        output_names: Sequence[str] | None,
+        *,
+        target: str,
+        providers: Sequence[str],
+        max_seq_len: int | None,
+        padding: str,
+        seed: int,
+    ) -> ModuleRequest:
+        """Check a request against the module and its example.
+
+        Raises:
+            BadInputError: an argument is not acceptable.
+        """
+        if not isinstance(module, nn.Module):
+            raise BadInputError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+        module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+        chosen = checked_providers(target, providers)
+        if padding not in PADDINGS:
+            raise BadInputError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
+        _check_parts(module)
+        call = Call(module, args, kwargs)
+        axes = axes_asked(call, {} if dynamic_shapes is None else dynamic_shapes)
+        longest = _longest(module, axes, max_seq_len)
+        if inputs is not None and not callable(inputs):
+            raise BadInputError(
+                f"inputs must be a function that draws inputs, got {type(inputs).__name__}"
+            )
+        if output_names is not None:
+            _check_names(output_names)
+        request = cls(
+            LabelledCall(call, axes, longest=longest),
+            inputs,
+            output_names,
+            target=target,
+            providers=chosen,
+            padding=padding,
+            seed=seed,
+        )
+        if request.dtype == "bfloat16" and "cpu" in chosen:
+            raise BadInputError(
+                f"dtype bfloat16 is not possible for provider cpu: {rules.ANY_GRAPH[0].reason}"
+            )
+        return request
+
+    def to_json(self) -> dict[str, Any]:
+        """The request as ``config.json`` has it."""
+        return {
+            "target": self.target,
+            "providers": list(self.providers),
+            "longest": self.longest,
+            "padding": self.padding,
+            "seed": self.seed,
+            "output_names": self.output_names,
+            "axes": {
+                leaf.name: {
+                    str(axis): [asked.label, asked.low, asked.high]
+                    for axis, asked in of_leaf.items()
+                }
+                for leaf, of_leaf in zip(self.call.leaves, self.labelled.axes, strict=True)
+            },
+        }
+
+    @classmethod
+    def from_json(
+        cls,
+        content: dict[str, Any],
+        module: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        inputs: DrawInputs | None,
+    ) -> ModuleRequest:
+        """Read a request back from ``config.json``, for a module and example as they were then.
+
+        Raises:
+            BadInputError: the example's tensors are others.
+        """
+        module = getattr(module, "_orig_mod", module)
+        call = Call(module, args, kwargs)
+        by_name = content["axes"]
+        if list(by_name) != call.names:
+            raise BadInputError(
+                f"args must be those of the export, {', '.join(by_name)}, got "
+                f"{', '.join(call.names)}"
+            )
+        axes = [
+            {int(axis): AxisRange(*asked) for axis, asked in by_name[name].items()}
+            for name in call.names
+        ]
+        for name, tensor, of_leaf in zip(call.names, call.tensors, axes, strict=True):
+            if max(of_leaf, default=-1) >= tensor.ndim:
+                raise BadInputError(
+                    f"{name} must have more than {max(of_leaf)} axes, as at the export, got "
+                    f"{list(tensor.shape)}"
+                )
+        return cls(
+            LabelledCall(call, axes, longest=content["longest"]),
+            inputs,
+            content["output_names"],
+            target=content["target"],
+            providers=tuple(content["providers"]),
+            padding=content["padding"],
+            seed=content["seed"],
+        )
+
+    def known(self) -> tuple[Signature, tuple[Choice, ...]] | None:
+        """What is known before a trace: nothing."""
+        return None
+
+    def entry(self) -> Entry:
+        """The module as a function from tensors to tensors, and the example.
+
+        Raises:
+            BadInputError: the module does not run on it, or at the sizes it is traced at.
+        """
+        run_eagerly(self.call, self.output_names, self.call.tensors, "the example inputs")
+        flat = Flat(self.call, self.output_names)
+        flat.eval()
+        shapes = tuple(
+            {axis: _dim(asked.low, asked.high) for axis, asked in of_leaf.items()}
+            for of_leaf in self.labelled.axes
+        )
+        tensors = tuple(self._tensors_to_trace())
+        return Entry(flat, tensors, {}, {"tensors": shapes}, prefix="module.")
+
+    def _tensors_to_trace(self) -> list[Tensor]:
+        """The example, but for axes of 0 or 1, which would be taken for broadcasting."""
+        example = self.labelled.sizes
+        sizes = dict(example)
+        for label, size in sizes.items():
+            lows = [
+                a.low for _, _, a in self.labelled.asked() if a.label == label and a.low is not None
+            ]
+            sizes[label] = max([size, _LEAST_TRACED, *lows])
+        for total, parts in _sums_by_name(example).items():
+            sizes[total] = sum(sizes[part] for part in parts)
+        if sizes == example:
+            # Copies: a tensor that is given twice, or is a weight, would be traced as one.
+            return [tensor.detach().clone() for tensor in self.call.tensors]
+        shapes = [
+            [
+                size_of(of_leaf[axis].label, sizes) if axis in of_leaf else size
+                for axis, size in enumerate(tensor.shape)
+            ]
+            for tensor, of_leaf in zip(self.call.tensors, self.labelled.axes, strict=True)
+        ]
+        tensors = [
+            _resized(tensor, shape) for tensor, shape in zip(self.call.tensors, shapes, strict=True)
+        ]
+        changed = ", ".join(
+            f"{label} {sizes[label]}" for label in sizes if sizes[label] != example[label]
+        )
+        run_eagerly(
+            self.call,
+            self.output_names,
+            tensors,
+            f"sizes it is traced at ({changed}, since a graph traced at 0 or 1 would broadcast); "
+            "give an example with sizes of 2 and more, and label sums as sums",
+        )
+        return tensors
+
+    def signature_of(
+        self, program: torch.export.ExportedProgram, entry: Entry, lengths: Sequence[Lengths]
+    ) -> Signature:
+        """Read what the graph takes and gives from its trace.
+
+        Raises:
+            BadInputError: an axis came out fixed or narrower than asked for.
+        """
+        assert isinstance(entry.module, Flat)
+        return signature_of(self.labelled, program, entry.module.outputs, lengths)
+
+    def narrowed(self, error: Exception) -> Exception:
+        """What torch says of one of our flat tensors, in the caller's names."""
+        message = str(error)
+        found = re.search(r"\[(\d+)\]\.size\(\)\[(\d+)\].*constant \((\d+)\)", message)
+        if found is None:
+            return BadInputError(message)
+        index, axis, size = (int(part) for part in found.groups())
+        name, label = self.call.names[index], self.labelled.axes[index][axis].label
+        return BadInputError(
+            f"axis {axis} of {name} was to be dynamic ({label}) and {type(self.module).__name__} "
+            f"works with size {size} only: look for numbers that stand for it, such as a reshape, "
+            "an expand or a buffer of that size, or leave the axis fixed"
+        )
+
+    def describe(self, signature: Signature) -> dict[str, Any]:
+        """The module and the request, as ``config.json`` has them."""
+        call = self.call
+        described = {
+            "class": type(self.module).__name__,
+            "parameters": sum(p.numel() for p in self.module.parameters()),
+            "inputs": {name: [str(a) for a in axes] for name, axes in signature.inputs.items()},
+            "outputs": {name: [str(a) for a in axes] for name, axes in signature.outputs.items()},
+            "constants": {name: str(value) for name, value in call.constants.items()},
+        }
+        return {"module": described, "export": self.to_json()}
+
+
+def _check_parts(module: nn.Module) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, Attention):
+            refuse_what_weights_do_not_say(part, name)
+    if any(p.is_meta for p in module.parameters()):
+        raise BadInputError("weights must be there, got a module on the meta device")
+    wrong = {
+        str(p.dtype).removeprefix("torch.")
+        for p in module.parameters()
+        if p.is_floating_point() and p.dtype not in _PRECISION
+    }
+    if wrong:
+        raise BadInputError(
+            f"weights must be one of {', '.join(DTYPES)}, got {', '.join(sorted(wrong))}"
+        )
+
+
+def _compute_dtype(call: Call) -> str:
+    """The narrowest floating dtype of weights, or of inputs where there are none."""
+    of_weights = [p.dtype for p in call.module.parameters() if p.dtype in _PRECISION]
+    of_inputs = [t.dtype for t in call.tensors if t.dtype in _PRECISION]
+    found = of_weights or of_inputs or [torch.float32]
+    return DTYPE_NAMES[min(found, key=lambda dtype: _PRECISION[dtype])]
+
+
+def _longest(
+    module: nn.Module, axes: Sequence[Mapping[int, AxisRange]], max_seq_len: int | None
+) -> int:
+    ropes = [part for part in module.modules() if isinstance(part, RotaryEmbedding)]
+    tables = [rope.max_seq_len for rope in ropes if rope.max_seq_len is not None]
+    asked = [each.high for of_leaf in axes for each in of_leaf.values() if each.high is not None]
+    if max_seq_len is None:
+        return min(tables) if tables else max(asked, default=DEFAULT_LONGEST)
+    if max_seq_len < 1:
+        raise BadInputError(f"max_seq_len must be at least 1, got {max_seq_len}")
+    served = min((rope.positions for rope in ropes), default=max_seq_len)
+    if max_seq_len > served:
+        raise BadInputError(
+            f"max_seq_len must be at most the {served} positions of the module's RotaryEmbedding, "
+            f"got {max_seq_len}"
+        )
+    return max_seq_len
+
+
+def _check_names(output_names: Any) -> None:
+    listed = isinstance(output_names, list | tuple)
+    if not listed or not all(isinstance(name, str) and name for name in output_names):
+        raise BadInputError(f"output_names must be a list of names, got {output_names!r}")
+
+
+def _dim(low: int | None, high: int | None) -> Any:
+    bounds = {}
+    if low is not None and low > _LEAST_TRACED:
+        bounds["min"] = low
+    if high is not None:
+        bounds["max"] = high
+    return torch.export.Dim.DYNAMIC(**bounds) if bounds else torch.export.Dim.DYNAMIC
+
+
+def _sums_by_name(sizes: dict[str, int]) -> dict[str, tuple[str, str]]:
+    """Labels that are sums by their names: ``total_x`` of ``past_x`` and ``x``."""
+    found = {}
+    for label, size in sizes.items():
+        stem = label.removeprefix("total_")
+        parts = f"past_{stem}", stem
+        known = stem != label and all(part in sizes for part in parts)
+        if known and size == sum(sizes[part] for part in parts):
+            found[label] = parts
+    return found
+
+
+def _resized(tensor: Tensor, shape: list[int]) -> Tensor:
+    """A tensor of another shape with the values of ``tensor``, repeated; zeros if it has none."""
+    if list(tensor.shape) == shape:
+        return tensor.detach().clone()
+    if not tensor.numel():
+        return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
+    for axis, size in enumerate(shape):
+        index = torch.arange(size, device=tensor.device) % tensor.shape[axis]
+        tensor = tensor.index_select(axis, index)
+    return tensor

@@ -1,0 +1,23 @@
+"""What a mask says of the new tokens of a call, in operators that keep lengths dynamic."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rope_export.attention.tokens import Tokens
+from rope_export.attention.visibility import token_order, visible_keys
+from rope_export.lowering import ops
+
+
+def last(tokens: Tokens, columns: Tensor) -> Tensor:
+    """Columns of the new tokens: ``[B, T]`` to ``[B, S]``."""
+    return ops.last_columns(columns, tokens.hidden_states.shape[1])
+
+
+def visible(tokens: Tokens, *, causal: bool, window: int | None) -> Tensor:
+    """Which keys each new token sees, bool ``[B, S, T]``; there must be a mask."""
+    assert tokens.attention_mask is not None
+    order = token_order(tokens.attention_mask)
+    return visible_keys(
+        last(tokens, order), order, causal=causal, window=window, real=tokens.attention_mask != 0
+    )

@@ -1,0 +1,1 @@
+"""Encodings of position that are no rotation: what is added to a token before attention."""

@@ -1,0 +1,257 @@
+"""The shapes an artifact is proven at, none of them the one it was traced at."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from rope_export.attention.block import Attention
+from rope_export.exporting.block import TRACED_LENGTH
+from rope_export.lowering.rules import BLOCKS_TO_WIN, SMALLEST_BLOCK
+from rope_export.proof.limits import STORED_BYTES, TRUTH_FLOPS
+from rope_export.proof.reference import truth_flops
+from rope_export.rope.angles import FINE_ROWS
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One case before its numbers.
+
+    Attributes:
+        name: what it covers.
+        batch: rows.
+        sequence: new tokens in each.
+        pasts: cached tokens of each row before them; empty without a cache.
+        lengths: new tokens of each row that are no padding; empty when none is.
+        steps: when not empty, one full pass that is run in several calls: how many tokens each row
+            is given in each.
+        loud: whether inputs are much larger, so that a weak mask or a clipped score shows.
+        every_position_below: with ``position_ids``, whether every position below this occurs; 0
+            for positions as callers send them.
+        sampled: whether truth is evaluated for some query rows only.
+        stored: whether the artifact keeps it as a test vector.
+    """
+
+    name: str
+    batch: int
+    sequence: int
+    pasts: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+    steps: tuple[tuple[int, ...], ...] = ()
+    loud: bool = False
+    every_position_below: int = 0
+    sampled: bool = False
+    stored: bool = True
+
+    @property
+    def past(self) -> int:
+        """Cached tokens of the longest row."""
+        return max(self.pasts, default=0)
+
+    @property
+    def total(self) -> int:
+        """Cached and new tokens of the longest row."""
+        return self.past + self.sequence
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows have as many tokens, before and now."""
+        return len(set(self.pasts)) <= 1 and not self.lengths
+
+
+def plan_shapes(
+    block: Attention,
+    *,
+    longest: int,
+    batch: int,
+    static: bool,
+    with_positions: bool,
+    cache: bool = False,
+    mask: bool = False,
+    by_rows: bool = True,
+) -> list[Shape]:
+    """Choose what to prove, and which of it to store.
+
+    Args:
+        block: the block exported.
+        longest: longest sequence to run.
+        batch: rows of a static graph.
+        static: whether the graph has one shape only.
+        with_positions: whether ``position_ids`` is an input.
+        cache: whether past and present are.
+        mask: whether ``attention_mask`` is.
+        by_rows: whether several new tokens of a batch with a past are one call.
+    """
+    if static:
+        rows = [Shape("fixed", batch, longest), Shape("fixed again", batch, longest)]
+        if with_positions:
+            rows[0] = replace(rows[0], every_position_below=_table_rows(block, longest))
+        if mask:
+            lengths = tuple(max(1, longest - row % longest - longest // 3) for row in range(batch))
+            rows.append(Shape("fixed, padded", batch, longest, lengths=lengths))
+        rows.append(Shape("fixed, loud", batch, longest, loud=True))
+        return _within_cap(block, rows, with_positions, cache)
+    wanted = [
+        Shape("one token", 1, 1),
+        Shape("odd length", 1, _odd(min(13, longest))),
+        Shape("batch of five", 5, min(32, longest)),
+        Shape("loud inputs", 3, min(33, longest), loud=True),
+        Shape("middle", 1, _odd(min(longest // 2 + 1, 1537))),
+    ]
+    if longest > TRACED_LENGTH:
+        wanted.append(Shape("two rows", 2, TRACED_LENGTH + 1))
+    switch = turning_point(block)
+    rows_wanted = _table_rows(block, longest) if with_positions else 0
+    if switch is not None:  # either side of it, as close as can be
+        if with_positions:
+            wanted.append(_covering("up to the switch", longest, switch))
+        elif switch <= longest:
+            wanted.append(Shape("up to the switch", 1, switch))
+        if switch < longest:
+            wanted.append(Shape("past the switch", 1, switch + 1))
+    wanted.append(_covering("longest", longest, rows_wanted))
+    wanted += _by_window(block, longest, cache=cache)
+    if mask:
+        length = min(13, longest)
+        lengths = tuple(min(length, n) for n in (13, 1, 7, 12))
+        wanted.append(Shape("rows of different lengths", 4, length, lengths=lengths))
+    if cache:
+        # Frequencies that follow the length follow that of the call: rows in step, up to there.
+        together = longest if switch is None else min(longest, switch)
+        wanted += _with_past(longest, together, by_rows=by_rows)
+        wanted += _in_calls(min(32, together), longest, with_rows=by_rows)
+    distinct = {
+        (s.batch, s.sequence, s.pasts, s.lengths, s.steps, s.every_position_below): s
+        for s in wanted
+    }
+    return _within_cap(block, list(distinct.values()), with_positions, cache)
+
+
+def _by_window(block: Attention, longest: int, *, cache: bool) -> list[Shape]:
+    """Either side of the window, and of the length from which it is computed by blocks."""
+    window = block.window
+    if window is None:
+        return []
+    limit = BLOCKS_TO_WIN * max(window, SMALLEST_BLOCK)
+    shapes = [
+        Shape("blocks of the window", 2, length)
+        for length in (limit, limit + 2)
+        if length <= longest
+    ]
+    if window < longest:
+        shapes.append(Shape("one more than the window", 1, window + 1))
+    if cache:
+        shapes += [
+            Shape(f"decode, {place} the window", 1, 1, pasts=(past,))
+            for place, past in (("below", window - 1), ("at", window), ("above", window + 1))
+            if past < longest
+        ]
+        if window + 3 <= longest:
+            shapes.append(Shape("chunk across the window", 1, 4, pasts=(window - 1,)))
+        if limit + 2 <= longest:  # blocks into a longer buffer, and a chunk that must not be blocks
+            steps = ((limit + 1,) * 2, (1, 1))
+            shapes.append(Shape("blocks of the window, then decode", 2, limit + 2, steps=steps))
+        if limit + 8 <= longest:
+            shapes.append(Shape("long chunk", 1, limit + 1, pasts=(7,)))
+    return shapes
+
+
+def _with_past(longest: int, together: int, *, by_rows: bool) -> list[Shape]:
+    """One call each, its past given."""
+    wanted = [
+        Shape("decode after one", 2, 1, pasts=(1, 1)),
+        Shape("decode", 2, 1, pasts=(16, 16)),
+        Shape("decode, loud", 2, 1, pasts=(21, 21), loud=True),
+        Shape("decode at capacity", 1, 1, pasts=(longest - 1,)),
+        Shape("chunk", 1, 5, pasts=(9,)),
+        Shape("chunk up to capacity", 1, 3, pasts=(longest - 3,)),
+    ]
+    shapes = [s for s in wanted if min(s.pasts) >= 0 and s.total <= longest]
+    rows = [Shape("decode, rows of different lengths", 3, 1, pasts=(14, 3, 9))]
+    if by_rows:
+        rows += [
+            Shape("chunk of a batch", 3, 4, pasts=(9, 9, 9)),
+            Shape("chunk, rows of different lengths", 3, 6, pasts=(11, 2, 6)),
+            Shape("padded chunk", 3, 6, pasts=(11, 2, 6), lengths=(4, 6, 1)),
+        ]
+    return [*shapes, *(s for s in rows if s.total <= together)]
+
+
+def _in_calls(length: int, longest: int, *, with_rows: bool) -> list[Shape]:
+    """A batch of five, and again in several calls: chunks and tokens, rows in and out of step."""
+    rows = 5
+    if length < 8:
+        return []
+    third = length // 3
+    chunks = [third, third] if with_rows else [third]
+    wanted = [
+        [*((n,) * rows for n in chunks), *[(1,) * rows] * min(8, length - sum(chunks))],
+        [(third, 1, third // 2 + 1, third, 2), *[(1,) * rows] * min(6, length - third)],
+    ]
+    if with_rows:
+        wanted.append([(2, third, 1, 3, third), (third, 1, 4, 2, 3), (1,) * rows, (1,) * rows])
+    names = ("prefill and decode", "prefill and decode, rows of different lengths", "padded chunks")
+    return [
+        Shape("batch of five", rows, length),
+        *(
+            Shape(name, rows, length, steps=tuple(steps))
+            for name, steps in zip(names, wanted, strict=False)
+            if sum(max(step) for step in steps) <= longest
+        ),
+    ]
+
+
+def turning_point(block: Attention) -> int | None:
+    """The longest sequence the first frequencies serve, or None where they serve all."""
+    if block.rope is None:
+        return None
+    found = block.rope.found
+    moving = found.beyond or found.stretch
+    return moving.length if moving else None
+
+
+def _table_rows(block: Attention, longest: int) -> int:
+    """How many positions must occur for every row of the block's tables to be read."""
+    if block.rope is None:
+        return 0
+    return block.rope.max_seq_len or max(longest, FINE_ROWS)
+
+
+def _covering(name: str, longest: int, positions: int) -> Shape:
+    """As many rows of ``longest`` tokens as it takes for every position to occur."""
+    length = min(longest, positions) if positions else longest
+    batch = max(1, math.ceil(positions / length))
+    return Shape(name, batch, length, every_position_below=positions)
+
+
+def _within_cap(
+    block: Attention, shapes: list[Shape], with_positions: bool, cache: bool
+) -> list[Shape]:
+    """Say which shapes are stored; one too long to be is followed by the longest that fits."""
+    element = block.o_proj.weight.element_size()
+    cached_bytes = block.num_kv_heads * (block.head_dim + block.value_head_dim) * element * cache
+    token_bytes = 2 * block.hidden_size * element + 8 * with_positions + cached_bytes
+    affordable = int((TRUTH_FLOPS / truth_flops(block, 1, 1)) ** 0.5)
+    left = STORED_BYTES
+    planned = []
+
+    def work(shape: Shape) -> int:
+        return shape.batch * (shape.total if shape.past else shape.sequence)
+
+    # The two ends come first, so that what has to give is the middle.
+    for shape in sorted(shapes, key=lambda s: (s.name == "middle", work(s))):
+        size = shape.batch * (shape.sequence * token_bytes + 2 * shape.past * cached_bytes)
+        sampled = not shape.past and truth_flops(block, shape.batch, shape.sequence) > TRUTH_FLOPS
+        stored = not sampled and size <= left and not shape.lengths
+        if not stored and shape.name == "longest":
+            fitting = min(left // token_bytes, affordable, shape.sequence - 1)
+            if fitting > 0:
+                planned.append(Shape("longest stored", 1, fitting))
+                left -= fitting * token_bytes
+        planned.append(replace(shape, sampled=sampled, stored=stored))
+        left -= size if stored and not shape.steps else 0
+    return sorted(planned, key=lambda s: (bool(s.steps), work(s)))
+
+
+def _odd(length: int) -> int:
+    return length if length % 2 else length - 1

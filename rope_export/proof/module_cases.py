@@ -1,0 +1,389 @@
+"""The cases a module is proven on: sizes it was not traced at, inputs, truth, and eager PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from rope_export import runtime
+from rope_export.artifacts.cache_layout import MASK
+from rope_export.attention.block import Attention
+from rope_export.errors import BadInputError
+from rope_export.exporting.call import Flat
+from rope_export.exporting.eager import run_eagerly
+from rope_export.exporting.labels import size_of
+from rope_export.exporting.module import ModuleRequest
+from rope_export.exporting.signature import POSITIONS
+from rope_export.exporting.subject import Interface
+from rope_export.proof.arrays import from_numpy, to_numpy
+from rope_export.proof.full_precision import Kept, exactly
+from rope_export.proof.limits import FOLLOWS_LENGTH
+from rope_export.proof.module_inputs import Inputs, shown
+from rope_export.proof.module_sizes import BATCH_LABELS, Planner, Sizes
+from rope_export.proof.reference import Semantics
+from rope_export.proof.sensitivity import defects_of
+from rope_export.rope.embedding import RotaryEmbedding
+from rope_export.runtime.token_places import (
+    Array,
+    Places,
+    cache_places,
+    calls_of,
+    given_places,
+    new_places,
+)
+from rope_export.runtime.trial import Expected, Judged, Trial, rows_of
+
+_WEIGHTS_SHARE = 0.3
+_SENSITIVITY_LENGTH = 64
+# A module called several times may be so far off one full pass, in float64.
+_CONSISTENT = 1e-6
+
+
+class ModuleCases:
+    """Everything a proof of a module runs.
+
+    Args:
+        request: the module, its example, and how it was exported.
+        interface: of its graph.
+    """
+
+    deep = True
+
+    def __init__(self, request: ModuleRequest, interface: Interface) -> None:
+        self._request = request
+        self._interface = interface
+        self._signature = interface.signature
+        self._inputs = Inputs(request, interface.signature)
+        self._inconsistent: list[str] = []
+        self._sensitivity: dict[str, float] | None = None
+        self.what = type(request.module).__name__
+
+    def planned(self) -> tuple[list[Sizes], list[str]]:
+        """Sizes, none of them the ones it was traced at.
+
+        Raises:
+            BadInputError: the module gives other numbers each time.
+        """
+        notes = list(self._interface.notes)
+        constants = self._request.call.constants
+        if constants:
+            fixed = ", ".join(f"{name}={value!r}" for name, value in constants.items())
+            notes.append(f"fixed in the graph, as in the example: {fixed}")
+        self._refuse_random()
+        planned, cut = self._planner().planned()
+        return planned, notes + cut
+
+    def at(self, case: Sizes) -> str:
+        """Sizes of the labels."""
+        return f" ({shown(case.sizes)})" if case.sizes else ""
+
+    def trial(self, case: Sizes, rng: np.random.Generator, made: Sequence[Trial]) -> Trial:
+        """Draw inputs, and evaluate truth and eager PyTorch on them.
+
+        Raises:
+            BadInputError: the module does not run there, or gives no finite numbers.
+        """
+        del made  # every case draws its own
+        return self._in_calls(case, rng) if case.steps else self._single(case, rng)
+
+    def notes(self, trials: Sequence[Trial]) -> list[str]:
+        """What differs between calls, which trials are not stored, and what would hide."""
+        notes = [*self._inconsistent]
+        not_stored = [trial.name for trial in trials if not trial.stored]
+        if not_stored:
+            notes.append(
+                f"{', '.join(not_stored)}: proven at export but not stored as test vectors (64 MiB "
+                "in all)"
+            )
+        return notes + self._blind_spots(trials)
+
+    def _planner(self) -> Planner:
+        return Planner(
+            self._signature,
+            self._interface.choices,
+            self._interface.layout,
+            longest=self._request.longest,
+            heads=max((m.num_heads for m in _attentions(self._request.module)), default=0),
+            operations=self._operations,
+        )
+
+    def _operations(self, sizes: Mapping[str, int]) -> float:
+        tensors = self._tensors(self._inputs.draw(sizes, np.random.default_rng(0), ()))
+        with FlopCounterMode(display=False) as counter:
+            self._exact(tensors)
+        return float(counter.get_total_flops())
+
+    def sensitivity(self) -> dict[str, float]:
+        """Relative change of the truth under typical defects, of the first output."""
+        if self._sensitivity is None:
+            self._sensitivity = self._sensitivities()
+        return self._sensitivity
+
+    def _tensors(self, inputs: Mapping[str, Array]) -> list[Tensor]:
+        device = self._device
+        return [
+            from_numpy(np.asarray(inputs[n], order="C")).to(device)
+            for n in self._request.call.names
+        ]
+
+    @cached_property
+    def _device(self) -> torch.device:
+        return self._request.call.tensors[0].device
+
+    # Truth and eager PyTorch.
+
+    def _exact(
+        self,
+        tensors: Sequence[Tensor],
+        alter: Callable[[Semantics], Semantics] | None = None,
+        *,
+        mirrored: bool = False,
+    ) -> dict[str, Array]:
+        request = self._request
+        wide = [t.double() if t.is_floating_point() else t for t in tensors]
+        flat = Flat(request.call, request.output_names)
+        with exactly(request.module, alter, mirrored=mirrored, kept=self._wide_weights):
+            results = flat(*wide)
+        return {
+            leaf.name: to_numpy(r.detach().cpu().contiguous())
+            for leaf, r in zip(flat.outputs, results, strict=True)
+        }
+
+    def _eager(self, tensors: Sequence[Tensor], where: str) -> dict[str, Array]:
+        request = self._request
+        leaves, results = run_eagerly(request.call, request.output_names, tensors, where)
+        return {
+            leaf.name: to_numpy(r.detach().cpu().contiguous())
+            for leaf, r in zip(leaves, results, strict=True)
+        }
+
+    def _single(self, case: Sizes, rng: np.random.Generator) -> Trial:
+        """One call."""
+        inputs = self._inputs.draw(case.sizes, rng, case.lengths)
+        where = shown(case.sizes) or "its size"
+        tensors = self._tensors(inputs)
+        eager = self._eager(tensors, where)
+        truth = self._exact(tensors)
+        mask = inputs[MASK] if self._signature.masked else None
+        expected, outputs = {}, {}
+        for name, kind in self._signature.kinds.items():
+            at = columns = self._places(kind, mask, case)
+            if kind == "cache" and mask is not None and self._interface.packs_rows:
+                at = cache_places(mask, packs_rows=True)
+            judged = Judged(kind, at, eager[name].shape)
+            part = self._judge(
+                judged,
+                rows_of(truth[name], columns, kind),
+                rows_of(eager[name], columns, kind),
+                eager[name].dtype.name,
+            )
+            if part is None:
+                raise BadInputError(
+                    f"{type(self._request.module).__name__} must give finite numbers: eager "
+                    f"PyTorch itself does not, in {name} at {where}"
+                )
+            expected[name] = part
+            outputs[name] = _placed(part, eager[name])
+        rows, length = self._shape_of(inputs)
+        past = 0
+        if self._signature.past is not None:
+            past = size_of(self._signature.past, case.sizes)
+        return Trial(
+            name=case.name,
+            batch=rows,
+            sequence=length,
+            past=past,
+            inputs=inputs,
+            expected=expected,
+            outputs=outputs,
+        )
+
+    def _refuse_random(self) -> None:
+        tensors = self._request.call.tensors
+        first, second = (self._eager(tensors, "the example inputs") for _ in range(2))
+        for name, array in first.items():
+            if not np.array_equal(array, second[name], equal_nan=array.dtype.kind == "f"):
+                raise BadInputError(
+                    f"{type(self._request.module).__name__} must give the same numbers for the "
+                    f"same inputs, and {name} of two runs differs: look for random numbers and "
+                    "dropout that is always on"
+                )
+
+    def _judge(self, judged: Judged, truth: Array, eager: Array, dtype: str) -> Expected | None:
+        return judged.expected(truth, eager, dtype, self._products, rounding=self._request.dtype)
+
+    @cached_property
+    def _wide_weights(self) -> Kept | None:
+        """Weights in float64 while the proof lasts, where there is memory for them."""
+        size = 8 * sum(p.numel() for p in self._request.module.parameters())
+        return {} if size < _WEIGHTS_SHARE * runtime.available_memory() else None
+
+    @cached_property
+    def _products(self) -> int:
+        """Length of the longest sum of products."""
+        return max(
+            (p.numel() // p.shape[0] for p in self._request.module.parameters() if p.ndim > 1),
+            default=1,
+        )
+
+    def _places(self, kind: str, mask: Array | None, case: Sizes) -> Places | None:
+        if mask is None or kind == "whole":
+            return None
+        if kind == "cache":
+            return cache_places(mask, packs_rows=False)
+        return new_places(mask, self._signature.new_tokens(case.sizes))
+
+    def _shape_of(self, inputs: Mapping[str, Array]) -> tuple[int, int]:
+        first = inputs[self._signature.tokens].shape
+        return (first[0] if first else 1), (first[1] if len(first) > 1 else 1)
+
+    def _in_calls(self, case: Sizes, rng: np.random.Generator) -> Trial:
+        """A full pass in several calls with a cache between them."""
+        layout = self._interface.layout
+        assert layout is not None
+        inputs = self._inputs.draw(case.sizes, rng, ())
+        tokens, ids = inputs[layout.tokens], inputs.get(POSITIONS)
+        at = given_places(case.steps)
+        full = self._exact(self._tensors(inputs))[layout.output]
+        truth = np.zeros_like(full)
+        eager: Array = np.zeros(0)
+        empty = [inputs[name][:, :, :0] for name, *_ in layout.names()]
+        pasts = {"truth": empty, "eager": empty}
+        mask = np.zeros((tokens.shape[0], 0), dtype=np.int64)
+        for call in calls_of(tokens, ids, case.steps, layout.padding):
+            mask = np.concatenate((mask, call.mask), axis=1)
+            now: dict[str, Array] = {layout.tokens: call.tokens}
+            if layout.mask:
+                now[MASK] = mask.astype(inputs[MASK].dtype)
+            if call.position_ids is not None:
+                now[POSITIONS] = call.position_ids
+            for kind in pasts:
+                for (name, *_), past in zip(layout.names(), pasts[kind], strict=True):
+                    now[name] = past
+                tensors = self._tensors(now)
+                if kind == "truth":
+                    given = self._exact(tensors)
+                else:
+                    given = self._eager(tensors, "several calls")
+                answer = given[layout.output]
+                if kind == "eager" and not eager.size:
+                    eager = np.zeros(full.shape, answer.dtype)
+                (truth if kind == "truth" else eager)[call.of_pass] = answer[call.at]
+                pasts[kind] = [given[present] for _, present, *_ in layout.names()]
+        judged = Judged("tokens", at, full.shape)
+        part = self._judge(
+            judged, rows_of(truth, at, "tokens"), rows_of(eager, at, "tokens"), eager.dtype.name
+        )
+        if part is None:
+            raise BadInputError("eager PyTorch gives no finite numbers when called several times")
+        whole = rows_of(full, at, "tokens")
+        norm = max(float(np.linalg.norm(whole)), 1e-300)
+        off = float(np.linalg.norm(whole - part.truth)) / norm
+        moves = any(
+            part.found.beyond or part.found.stretch
+            for part in self._request.module.modules()
+            if isinstance(part, RotaryEmbedding)
+        )
+        text = (
+            FOLLOWS_LENGTH
+            if moves
+            else "the module itself, in PyTorch, is off one full pass when it is called several "
+            f"times with its cache (by {off:.1e}, '{case.name}'): check its positions and masks"
+        )
+        if off > _CONSISTENT and not self._inconsistent:
+            self._inconsistent.append(text)
+        rows, length = self._shape_of(inputs)
+        return Trial(
+            name=case.name,
+            batch=rows,
+            sequence=length,
+            past=0,
+            inputs=inputs,
+            expected={layout.output: part},
+            outputs={layout.output: _placed(part, eager)},
+            steps=case.steps,
+        )
+
+    # What the proof would see.
+
+    def _sensitivities(self) -> dict[str, float]:
+        signature, module = self._signature, self._request.module
+        sizes = {
+            label: signature.within(label, 1 if label in BATCH_LABELS else 2)
+            for label in signature.free
+        }
+        if signature.sequence in signature.free:
+            sizes[str(signature.sequence)] = signature.within(
+                str(signature.sequence), _SENSITIVITY_LENGTH
+            )
+        if signature.past in signature.free:
+            before = 0 if signature.sequence in signature.free else _SENSITIVITY_LENGTH
+            sizes[str(signature.past)] = signature.within(str(signature.past), before)
+        rng = np.random.default_rng([self._request.seed, 1 << 21])
+        tensors = self._tensors(self._inputs.draw(sizes, rng, ()))
+        length = self._signature.new_tokens(sizes) if signature.sequence or signature.masked else 0
+        name = next((n for n, kind in signature.kinds.items() if kind != "cache"), None)
+        if name is None:
+            return {}
+        truth = self._exact(tensors)[name]
+        if truth.dtype.kind != "f":
+            return {}
+
+        def change(altered: dict[str, Array]) -> float:
+            return float(
+                np.linalg.norm(altered[name] - truth) / max(float(np.linalg.norm(truth)), 1e-300)
+            )
+
+        names: dict[str, None] = {}
+        for attention in _attentions(module):
+            names |= dict.fromkeys(defects_of(Semantics.of(attention), length))
+        found = {}
+        for defect in names:
+
+            def alter(meaning: Semantics, defect: str = defect) -> Semantics:
+                return defects_of(meaning, length).get(defect, meaning)
+
+            found[defect] = change(self._exact(tensors, alter))
+        if not names and any(isinstance(m, RotaryEmbedding) for m in module.modules()):
+            found["sine negated"] = change(self._exact(tensors, mirrored=True))
+        return found
+
+    def _blind_spots(self, trials: Sequence[Trial]) -> list[str]:
+        """Defects that these inputs and weights would hide."""
+        name = next((n for n, kind in self._signature.kinds.items() if kind != "cache"), None)
+        bounds = [t.expected[name].bound for t in trials if name in t.expected]
+        if name is None or not bounds:
+            return []
+        allowed = max(bound.tolerance.rel for bound in bounds)
+        hidden = {n: v for n, v in self.sensitivity().items() if v < 2 * allowed}
+        if not hidden:
+            return []
+        listed = ", ".join(f"{n} ({v:.0e})" for n, v in hidden.items())
+        return [
+            f"with these weights and inputs some defects would hardly change {name} and could hide "
+            f"within the tolerance of {allowed:.0e}: {listed}"
+        ]
+
+
+def _attentions(module: nn.Module) -> list[Attention]:
+    return [part for part in module.modules() if isinstance(part, Attention)]
+
+
+def _placed(part: Expected, like: Array) -> Array:
+    """The whole output with truth at the places compared, and zeros elsewhere."""
+    if part.at is None:
+        whole: Array = part.truth.reshape(like.shape).astype(like.dtype)
+        return whole
+    whole = np.zeros(like.shape, like.dtype)
+    row, place = part.at
+    values = part.truth.astype(like.dtype)
+    if part.kind == "tokens":
+        whole[row, place] = values.reshape(len(row), *like.shape[2:])
+    else:
+        whole[row, :, place] = values.reshape(len(row), like.shape[1], like.shape[3])
+    return whole

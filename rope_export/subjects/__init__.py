@@ -1,1 +1,0 @@
-"""What can be exported: an attention block, or any module."""
