@@ -13,22 +13,21 @@ from torch import Tensor, nn
 from rope_export import dispatch
 from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
-from rope_export.rope import rope_types
+from rope_export.rope import arguments
 from rope_export.rope.angles import Angles, keeping_values
 from rope_export.rope.frequencies import FreqsFor, Frequencies
+from rope_export.rope.grids import angles_of_grid, coordinates
+from rope_export.rope.heads import axis_of_sequence, check_same_length
 from rope_export.rope.pairs import LAYOUTS, Layout
 from rope_export.rope.positions import check_offset, check_position_ids
 from rope_export.rope.rotation import (
     apply_rotary_emb,
-    broadcat,
     over_heads,
     repeat_for_pairs,
     rotate_sequence,
 )
-from rope_export.rope.xpos import XPos
-
-Turns = tuple[Tensor, Tensor]
-"""Cosines and sines of tokens, ``[S, r / 2]`` or ``[B, S, r / 2]`` float32."""
+from rope_export.rope.stored_frequencies import placed_as, same_frequencies
+from rope_export.rope.xpos import Turns, XPos, scaled
 
 
 class SupportsToDict(Protocol):
@@ -112,7 +111,7 @@ class RotaryEmbedding(nn.Module):
             raise BadInputError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
         if max_seq_len is not None:
             max_seq_len = positive_integer("max_seq_len", max_seq_len)
-        chosen = rope_types.choose(
+        chosen = arguments.choose(
             dim,
             theta,
             custom_freqs=custom_freqs,
@@ -191,6 +190,8 @@ class RotaryEmbedding(nn.Module):
         Raises:
             BadInputError: the family, the layer or a field is missing or of no use.
         """
+        # Convenience, against the floors: a class is made by its class method, and only those who
+        # have a configuration need what reads one.
         from rope_export.pretrained.geometry import layer_at, layer_of
 
         if isinstance(config, str | Path):
@@ -288,7 +289,7 @@ class RotaryEmbedding(nn.Module):
     def _fill_freqs(self) -> None:
         if not self.freqs.is_meta:
             with torch.no_grad():
-                self.freqs.copy_(_placed_as(self.freqs, self._freqs))
+                self.freqs.copy_(placed_as(self.freqs, self._freqs))
 
     def _rebuild_tables(self) -> None:
         self.angles.rebuild(self._found, self.freqs.device)
@@ -310,7 +311,9 @@ class RotaryEmbedding(nn.Module):
             return
         given = state_dict.get(prefix + "freqs")
         # No table depends on learned frequencies, which may be sharded.
-        differs = not self.learned_freq and given is not None and not _same(given, self._freqs)
+        differs = (
+            not self.learned_freq and given is not None and not same_frequencies(given, self._freqs)
+        )
         if self.freqs.dtype != torch.float32:  # assigned
             self.freqs.data = self.freqs.data.to(torch.float32)
         if differs:
@@ -370,7 +373,7 @@ class RotaryEmbedding(nn.Module):
             return (cos, sin), (cos, sin)
         narrower = self.positions < self.angles.positions
         cos, sin = self._cos_sin(position_ids, self.positions if narrower else None)
-        return _scaled(cos, sin, self.xpos(position_ids))
+        return scaled(cos, sin, self.xpos(position_ids))
 
     def implied_positions(self, seq_len: int, offset: int | Tensor = 0) -> Tensor:
         """Positions ``offset … offset + seq_len - 1`` as int64 ``[seq_len]``.
@@ -500,7 +503,7 @@ class RotaryEmbedding(nn.Module):
         cos, sin = self.cos_sin(positions)
         for_q = for_k = (cos, sin)
         if self.xpos is not None:
-            for_q, for_k = _scaled(cos, sin, self.xpos(positions, middle=length // 2))
+            for_q, for_k = scaled(cos, sin, self.xpos(positions, middle=length // 2))
         return self._rotate(q, for_q, q_axis), self._rotate(k, for_k, k_axis)
 
     def rotate_queries_with_cached_keys(
@@ -579,27 +582,8 @@ class RotaryEmbedding(nn.Module):
         Returns:
             ``[*dims, len(dims) * r]`` float32, in radians.
         """
-        if offsets is not None:
-            offsets = torch.as_tensor(offsets, device=self.device).double()
-            if offsets.ndim == 0 or len(offsets) != len(dims):
-                raise BadInputError(
-                    f"offsets must have one entry for each of {len(dims)} axes, "
-                    f"got {offsets.tolist()}"
-                )
-        grids = []
-        for axis, size in enumerate(dims):
-            if self.freqs_for == "pixel":
-                places = torch.linspace(-1, 1, size, dtype=torch.float64, device=self.device)
-            else:
-                places = torch.arange(size, device=self.device)
-            if offsets is not None:
-                places = places + offsets[axis]
-            index: list[Any] = [None] * len(dims)
-            index[axis] = slice(None)
-            grids.append(self._angles(places)[(..., *index, slice(None))])
-        if self.layout == "half":
-            return repeat_for_pairs(broadcat(grids), layout="half")
-        return broadcat([repeat_for_pairs(grid, layout=self.layout) for grid in grids])
+        places = coordinates(dims, offsets, pixels=self.freqs_for == "pixel", device=self.device)
+        return angles_of_grid([self._angles(place) for place in places], layout=self.layout)
 
     def forward(self, t: Tensor, seq_len: int | None = None, offset: int | Tensor = 0) -> Tensor:
         """Angles of positions, for `apply_rotary_emb`.
@@ -628,26 +612,6 @@ class RotaryEmbedding(nn.Module):
         rotate = rotate_sequence if target is None else target.rotate
         return rotate(x, *turns, layout=self.layout, seq_dim=seq_dim)
 
-    def _seq_dim(self, x: Tensor, seq_dim: int | None, name: str) -> int:
-        axis = self.default_seq_dim if seq_dim is None else seq_dim
-        from_end = axis - x.ndim if axis >= 0 else axis
-        if seq_dim is not None and not -x.ndim <= from_end <= -2:
-            raise BadInputError(
-                f"seq_dim must be an axis of {name} {tuple(x.shape)} before the last, got {seq_dim}"
-            )
-        self._check_heads(x, from_end, name)
-        return from_end
-
-    def _axes_of_same_length(self, q: Tensor, k: Tensor, seq_dim: int | None) -> tuple[int, int]:
-        """The axes of the sequence in ``q`` and in ``k``, counted from the end."""
-        axes = self._seq_dim(q, seq_dim, "q"), self._seq_dim(k, seq_dim, "k")
-        if q.shape[axes[0]] != k.shape[axes[1]]:
-            raise BadInputError(
-                f"q and k must have the same sequence length, "
-                f"got {tuple(q.shape)} and {tuple(k.shape)}"
-            )
-        return axes
-
     def _check_scaled_range(self, x: Tensor, length: int, offset: int | Tensor) -> None:
         if self.xpos is None or x.dtype != torch.float16 or isinstance(offset, Tensor):
             return
@@ -659,37 +623,10 @@ class RotaryEmbedding(nn.Module):
                 "in the middle, or use bfloat16"
             )
 
-    def _check_heads(self, x: Tensor, seq_dim: int, name: str) -> None:
-        if not -x.ndim <= seq_dim <= -2 or x.shape[-1] < self.dim:
-            shape = f"[..., S, {'H, ' * (-2 - seq_dim)}D]" if seq_dim <= -2 else "[..., S, D]"
-            raise BadInputError(
-                f"{name} must be {shape} with D >= {self.dim}, got {tuple(x.shape)}"
-            )
+    def _seq_dim(self, x: Tensor, seq_dim: int | None, name: str) -> int:
+        return axis_of_sequence(x, seq_dim, name, dim=self.dim, default=self.default_seq_dim)
 
-
-def _scaled(cos: Tensor, sin: Tensor, scale: Tensor) -> tuple[Turns, Turns]:
-    """What turns queries, which grow with ``scale``, and keys, which shrink with it."""
-    return (cos * scale, sin * scale), (cos / scale, sin / scale)
-
-
-def _placed_as(like: Tensor, values: Tensor) -> Tensor:
-    """``values``, distributed as ``like`` is where it is sharded (FSDP2)."""
-    if type(like.data) is Tensor:
-        return values
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if not isinstance(like.data, DTensor):
-        return values
-    values = values.to(like.device, like.dtype)
-    return distribute_tensor(values, like.data.device_mesh, like.data.placements)
-
-
-def _same(given: Tensor, freqs: Tensor) -> bool:
-    """Whether stored frequencies are these, as far as the dtype they were stored in can say."""
-    kept = given.detach().to("cpu")
-    if kept.dtype in (torch.float16, torch.bfloat16):
-        limits = torch.finfo(kept.dtype)
-        rounding = limits.eps / 2 + 2e-6  # and what float32 formulas differ by
-        atol = limits.tiny * limits.eps
-        return torch.allclose(kept.double(), freqs, rtol=rounding, atol=atol)
-    return torch.equal(kept.float(), freqs.float())
+    def _axes_of_same_length(self, q: Tensor, k: Tensor, seq_dim: int | None) -> tuple[int, int]:
+        q_axis, k_axis = self._seq_dim(q, seq_dim, "q"), self._seq_dim(k, seq_dim, "k")
+        check_same_length(q, k, q_axis, k_axis)
+        return q_axis, k_axis

@@ -1,100 +1,20 @@
-"""RoPE types by name: a Hugging Face ``rope_parameters`` object to frequencies, all in float64.
+"""RoPE types by name (yarn, llama3, longrope, …): their parameters to frequencies, in float64.
 
-One small function each, in one table; every field is checked and none is left over.
+One small function each, in one table; `parameters` checks every field, and none is left over.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from rope_export.checks import finite_number
 from rope_export.errors import BadInputError
-from rope_export.rope.frequencies import (
-    Frequencies,
-    Stretch,
-    Switch,
-    default_inv_freq,
-    unscaled_frequencies,
-)
-
-_DEFAULT_THETA = 10000.0
-
-
-class Parameters:
-    """A ``rope_parameters`` object while it is read: every field checked, none left over."""
-
-    def __init__(self, content: Mapping[str, Any], rope_type: str) -> None:
-        self.rope_type = rope_type
-        self._content = dict(content)
-        self._read: set[str] = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-
-    def number(
-        self, name: str, default: float | None = None, *, at_least: float | None = None
-    ) -> float:
-        """A finite number, above zero or ``at_least`` the limit; required without a default."""
-        value = self._content.get(name)
-        self._read.add(name)
-        if value is None:
-            if default is None:
-                raise BadInputError(f"scaling of rope_type {self.rope_type!r} needs {name!r}")
-            return default
-        return finite_number(f"scaling[{name!r}]", value, at_least=at_least)
-
-    def optional(self, name: str, *, at_least: float | None = None) -> float | None:
-        """A number as `number` has it, or None."""
-        self._read.add(name)
-        return None if self._content.get(name) is None else self.number(name, at_least=at_least)
-
-    def factors(self, name: str, count: int) -> Tensor:
-        """As many numbers above zero as there are pairs, as float64."""
-        values = self._content.get(name)
-        self._read.add(name)
-        if values is None:
-            raise BadInputError(f"scaling of rope_type {self.rope_type!r} needs {name!r}")
-        if not isinstance(values, list | tuple) or len(values) != count:
-            got = f"{len(values)}" if isinstance(values, list | tuple) else repr(values)
-            raise BadInputError(f"scaling[{name!r}] must list {count} numbers, got {got}")
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-                raise BadInputError(f"scaling[{name!r}] must list numbers above 0, got {value!r}")
-        return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-    def whole_numbers(self, name: str) -> tuple[int, ...] | None:
-        """A list of integers above zero, or None."""
-        values = self._content.get(name)
-        self._read.add(name)
-        if values is None:
-            return None
-        if not isinstance(values, list | tuple) or not values:
-            raise BadInputError(f"scaling[{name!r}] must list integers above 0, got {values!r}")
-        for value in values:
-            if type(value) is not int or value < 1:
-                raise BadInputError(f"scaling[{name!r}] must list integers above 0, got {value!r}")
-        return tuple(values)
-
-    def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
-        value = self._content.get(name, default)
-        self._read.add(name)
-        if not isinstance(value, bool):
-            raise BadInputError(f"scaling[{name!r}] must be true or false, got {value!r}")
-        return value
-
-    def finish(self) -> None:
-        """Refuse what no one asked for: a misspelt field would silently change the model."""
-        unknown = sorted(set(self._content) - self._read)
-        if unknown:
-            raise BadInputError(
-                f"scaling of rope_type {self.rope_type!r} has no field {unknown[0]!r}; "
-                f"it takes {', '.join(sorted(self._read - {'type'}))}"
-            )
-
+from rope_export.rope.frequencies import Frequencies, Stretch, Switch, default_inv_freq
+from rope_export.rope.parameters import Parameters
 
 Rule = Callable[[int, float, Parameters, "int | None"], Frequencies]
 
@@ -333,82 +253,3 @@ def frequencies(
         result = replace(result, axis_of_pair=_axis_of_pair(parameters, dim // 2))
     parameters.finish()
     return result
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What the arguments of a `RotaryEmbedding` come down to.
-
-    Attributes:
-        freqs: ``[r / 2]`` float64, as its state dict holds them: before interpolation.
-        found: everything else, after interpolation.
-        theta: the base, or None where the frequencies are not a series of it.
-    """
-
-    freqs: Tensor
-    found: Frequencies
-    theta: float | None
-
-
-def choose(
-    dim: int,
-    theta: float | None,
-    *,
-    custom_freqs: Tensor | None,
-    freqs_for: str,
-    max_freq: float,
-    num_freqs: int,
-    interpolate_factor: float,
-    theta_rescale_factor: float,
-    scaling: Mapping[str, Any] | None,
-    max_seq_len: int | None,
-) -> Chosen:
-    """Frequencies by ``scaling``, or by the arguments of rotary-embedding-torch.
-
-    Raises:
-        BadInputError: an argument is out of range, or two contradict each other.
-    """
-    interpolate_factor = finite_number("interpolate_factor", interpolate_factor, at_least=1.0)
-    series = custom_freqs is None and freqs_for == "lang"
-    base = _base(dim, theta, theta_rescale_factor, scaling)
-    if scaling is None:
-        freqs = unscaled_frequencies(
-            dim,
-            base,
-            custom_freqs=custom_freqs,
-            freqs_for=freqs_for,
-            max_freq=max_freq,
-            num_freqs=num_freqs,
-        )
-        return Chosen(freqs, Frequencies(freqs / interpolate_factor), base if series else None)
-    for name, value, stated in (
-        ("custom_freqs", "a tensor", custom_freqs is not None),
-        ("freqs_for", repr(freqs_for), freqs_for != "lang"),
-        ("interpolate_factor", interpolate_factor, interpolate_factor != 1),
-        ("theta_rescale_factor", theta_rescale_factor, theta_rescale_factor != 1),
-    ):
-        if stated:
-            raise BadInputError(f"{name} and scaling exclude each other, got {value} and {scaling}")
-    found = frequencies(dim, base, scaling, max_seq_len)
-    return Chosen(found.inv_freq, found, base)
-
-
-def _base(
-    dim: int, theta: float | None, rescale: float, scaling: Mapping[str, Any] | None
-) -> float:
-    """The base of the series, rescaled as rotary-embedding-torch does (bloc97, 2023)."""
-    rescale = finite_number("theta_rescale_factor", rescale)
-    if theta is None:
-        theta = scaling.get("rope_theta") if isinstance(scaling, Mapping) else None
-        theta = _DEFAULT_THETA if theta is None else theta
-    base = finite_number("theta", theta)
-    if rescale == 1:
-        return base
-    if dim < 4:
-        raise BadInputError(f"theta_rescale_factor needs a dim of at least 4, got {dim}")
-    try:
-        return finite_number("theta", base * rescale ** (dim / (dim - 2)))
-    except OverflowError:
-        raise BadInputError(
-            f"theta_rescale_factor must leave theta finite, got {rescale:g}"
-        ) from None

@@ -16,6 +16,9 @@ from rope_export.rope.frequencies import xpos_log_decay
 # exp(11.1).
 _LARGEST_EXPONENT = {torch.float32: 87.0, torch.float16: 10.4}
 
+Turns = tuple[Tensor, Tensor]
+"""Cosines and sines of tokens, ``[S, r / 2]`` or ``[B, S, r / 2]`` float32."""
+
 
 class XPos(nn.Module):
     """Scales of xPos by position: ``decay ** ((position - origin) / scale_base)``.
@@ -101,3 +104,8 @@ class XPos(nn.Module):
         places = positions.to(torch.float64)
         places = places - (self.origin if middle is None else self.interpolation * middle)
         return torch.exp(places.unsqueeze(-1) * self.rate).to(torch.float32)
+
+
+def scaled(cos: Tensor, sin: Tensor, scale: Tensor) -> tuple[Turns, Turns]:
+    """What turns queries, which grow with ``scale``, and keys, which shrink with it."""
+    return (cos * scale, sin * scale), (cos / scale, sin / scale)
