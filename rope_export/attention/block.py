@@ -155,6 +155,8 @@ class Attention(nn.Module):
             BadInputError: the folder, a file, the family, the layer or a tensor is missing, broken,
                 quantised, or not what the configuration says; the message names it.
         """
+        # Convenience, against the floors: a class is made by its class method, and only those who
+        # have a checkpoint need what reads one.
         from rope_export.pretrained.weights import load_attention
 
         return load_attention(path, layer, family=family, dtype=dtype, max_seq_len=max_seq_len)
