@@ -12,7 +12,14 @@ from rope_export.artifacts.artifact import Artifact
 from rope_export.artifacts.cache_layout import MASK, CacheLayout
 from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
-from rope_export.runtime.providers import first_line, onnxruntime_module
+from rope_export.runtime.decoder_steps import (
+    BoundStep,
+    CapturedStep,
+    StepInputs,
+    check_capturable,
+    uncaptured,
+)
+from rope_export.runtime.providers import first_line
 from rope_export.runtime.session import Session, on_device, to_ort
 
 Array = npt.NDArray[Any]
@@ -61,13 +68,14 @@ class Decoder:
                 f"got {capacity}"
             )
         if cuda_graph:
-            _check_capturable(session.provider, layout)
+            check_capturable(session.provider, layout)
         self.session = session
         self.layout = layout
         self.batch = batch
         self.capacity = capacity
-        self._captured = _CapturedStep(self) if cuda_graph else None
-        self._step: _Step | None = None
+        self._captures = cuda_graph
+        self._captured: CapturedStep | None = None
+        self._step: BoundStep | None = None
         inputs = {value.name: value for value in session.raw.get_inputs()}
         outputs = {value.name: value for value in session.raw.get_outputs()}
         given, answer = inputs[layout.tokens], outputs[layout.output]
@@ -108,7 +116,7 @@ class Decoder:
             )
         layout = artifact.cache
         if cuda_graph:
-            _check_capturable(provider, layout)
+            check_capturable(provider, layout)
         options = {"enable_cuda_graph": "1"} if cuda_graph else None
         session = Session.open(artifact.model, provider, provider_options=options)
         session.require_placed()
@@ -211,17 +219,32 @@ class Decoder:
             )
         ids = self._checked_positions(position_ids, 1)
         self._check_room(1)
-        if self._captured is not None and self._lengths.any():
-            output = self._captured.run(given, ids)
-            self._lengths = self._lengths + 1
-            return output
-        if self.layout.packs_rows:
+        if not self.layout.packs_rows:
+            return self._run(given, np.ones((self.batch, 1), dtype=np.int64), ids)
+        if self._captures and self._lengths.any():
+            if self._captured is None:
+                self._captured = CapturedStep(self._step_inputs())
+            output = self._captured.run(self._lengths, given, ids)
+        else:
             if self._step is None:
-                self._step = _Step(self)
-            output = self._step.run(given, ids)
-            self._lengths = self._lengths + 1
-            return output
-        return self._run(given, np.ones((self.batch, 1), dtype=np.int64), ids)
+                self._step = BoundStep(self._step_inputs())
+            output = self._step.run(self._lengths, given, ids, self._run_options())
+        self._lengths = self._lengths + 1
+        return output
+
+    def _step_inputs(self) -> StepInputs:
+        return StepInputs(
+            self.session,
+            self.layout,
+            self.batch,
+            self.capacity,
+            self._width,
+            self._answer_width,
+            self.dtype,
+            self.output_dtype,
+            self._mask_dtype,
+            self._buffers,
+        )
 
     def _run(self, tokens: Array, real: Array, ids: Array | None) -> Array:
         earlier = self._mask
@@ -255,11 +278,7 @@ class Decoder:
         return answer
 
     def _run_options(self) -> Any:
-        if self._captured is None:
-            return None
-        options = onnxruntime_module().RunOptions()
-        options.add_run_config_entry("gpu_graph_id", "-1")  # this run is not captured
-        return options
+        return uncaptured() if self._captures else None
 
     def _check_room(self, more: int) -> None:
         used = int(self._lengths.max()) if self.layout.packs_rows else self._mask.shape[1]
@@ -325,109 +344,6 @@ class Decoder:
         return ids.astype(np.int64)
 
 
-class _Step:
-    """One token for every row, past and present in one buffer: all but the mask stays bound.
-
-    Wrapping and binding arrays anew takes as long as a small graph runs.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        layout, batch = decoder.layout, decoder.batch
-        self._binding = decoder.session.raw.io_binding()
-        self._tokens: Array = np.zeros((batch, 1, *decoder._width), decoder.dtype)
-        self._answer: Array = np.zeros((batch, 1, *decoder._answer_width), decoder.output_dtype)
-        self._ones: Array = np.ones(batch * decoder.capacity, decoder._mask_dtype)
-        axes = layout.position_axes
-        self._ids: Array = np.zeros((*([axes] if axes > 1 else []), batch, 1), np.int64)
-        inputs = {layout.tokens: self._tokens, **({"position_ids": self._ids} if axes else {})}
-        self._kept = [to_ort(array) for array in (*inputs.values(), self._answer)]
-        for name, value in zip(inputs, self._kept, strict=False):
-            self._binding.bind_ortvalue_input(name, value)
-        self._binding.bind_ortvalue_output(layout.output, self._kept[-1])
-        for (past, present, *_), value in zip(layout.names(), decoder._buffers, strict=True):
-            self._binding.bind_ortvalue_input(past, value)
-            self._binding.bind_ortvalue_output(present, value)
-
-    def run(self, tokens: Array, ids: Array | None) -> Array:
-        decoder = self._decoder
-        np.copyto(self._tokens, tokens)
-        if ids is not None:
-            np.copyto(self._ids, ids)
-        try:
-            if decoder.layout.mask:
-                mask = to_ort(self._mask())
-                self._binding.bind_ortvalue_input(MASK, mask)
-            decoder.session.raw.run_with_iobinding(self._binding, decoder._run_options())
-        except Exception as error:
-            raise RuntimeError(first_line(error)) from error
-        return self._answer.copy()
-
-    def _mask(self) -> Array:
-        lengths = self._decoder._lengths
-        longest, batch = int(lengths.max()), len(lengths)
-        mask = self._ones[: batch * (longest + 1)].reshape(batch, longest + 1)
-        if int(lengths.min()) == longest:
-            return mask
-        mask = mask.copy()
-        mask[:, :longest] = np.arange(longest) < lengths[:, None]
-        return mask
-
-
-class _CapturedStep:
-    """The decoding step as a CUDA graph: every shape and address stays.
-
-    The mask always has the width of the buffers: its row sums are the lengths, and its last column
-    is the new token.
-    """
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
-        self._inputs: dict[str, Any] = {}
-        self._output: Any = None
-        self._binding: Any = None
-
-    def run(self, tokens: Array, ids: Array | None) -> Array:
-        decoder = self._decoder
-        column = np.arange(decoder.capacity)
-        mask = (column < decoder._lengths[:, None]).astype(np.int64)
-        mask[:, -1] = 1
-        arrays = {decoder.layout.tokens: tokens, MASK: mask.astype(decoder._mask_dtype)}
-        if ids is not None:
-            arrays["position_ids"] = ids
-        try:
-            if self._binding is None:
-                self._bind(arrays)
-            for name, array in arrays.items():
-                self._inputs[name].update_inplace(np.ascontiguousarray(array))
-            options = onnxruntime_module().RunOptions()
-            options.add_run_config_entry("gpu_graph_id", "1")
-            decoder.session.raw.run_with_iobinding(self._binding, options)
-            output: Array = self._output.numpy()
-            return output
-        except Exception as error:
-            raise RuntimeError(first_line(error)) from error
-
-    def _bind(self, arrays: dict[str, Array]) -> None:
-        decoder = self._decoder
-        ort = onnxruntime_module()
-        binding = decoder.session.raw.io_binding()
-        for name, array in arrays.items():
-            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), "cuda", 0)
-            self._inputs[name] = value
-            binding.bind_ortvalue_input(name, value)
-        for (past, present, *_), value in zip(
-            decoder.layout.names(), decoder._buffers, strict=True
-        ):
-            binding.bind_ortvalue_input(past, value)
-            binding.bind_ortvalue_output(present, value)
-        shape = (decoder.batch, 1, *decoder._answer_width)
-        dtype = decoder.output_dtype
-        self._output = ort.OrtValue.ortvalue_from_shape_and_type(shape, dtype, "cuda", 0)
-        binding.bind_ortvalue_output(decoder.layout.output, self._output)
-        self._binding = binding
-
-
 def _array(name: str, given: npt.ArrayLike) -> Array:
     try:
         return np.asarray(given)
@@ -451,18 +367,6 @@ def _dtype(name: str) -> np.dtype[Any]:
             "tensor(bool)": np.bool_,
         }[name]
     )
-
-
-def _check_capturable(provider: str, layout: CacheLayout) -> None:
-    why = None
-    if provider != "cuda":
-        why = f"provider {provider} has none"
-    elif not layout.packs_rows:
-        why = "the cache of this target grows with each step, and a CUDA graph has one shape"
-    elif layout.by_rows:
-        why = "the graph has control flow, for the CPU; export it with --provider cuda alone"
-    if why is not None:
-        raise BadInputError(f"cuda_graph=True is not possible: {why}")
 
 
 def _zeros(shape: tuple[int, ...], decoder: Decoder) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,9 +151,20 @@ def on_device(array: Array, provider: str) -> Any:
     if provider == "cpu":
         return to_ort(array)
     array = np.asarray(array, order="C")
-    if array.dtype.kind == _EXTENSION:
-        return _of_bits(array)
-    return onnxruntime_module().OrtValue.ortvalue_from_numpy(array, provider, 0)
+    if array.dtype.kind != _EXTENSION:
+        return onnxruntime_module().OrtValue.ortvalue_from_numpy(array, provider, 0)
+    there = room_for(array.shape, array.dtype, provider)
+    there.update_inplace(_of_bits(array))
+    return there
+
+
+def room_for(shape: Sequence[int], dtype: np.dtype[Any], provider: str) -> Any:
+    """A value that lies where ``provider`` runs, not filled."""
+    from onnx import TensorProto
+
+    kind: Any = TensorProto.BFLOAT16 if dtype.kind == _EXTENSION else dtype
+    value = onnxruntime_module().OrtValue
+    return value.ortvalue_from_shape_and_type(list(shape), kind, provider, 0)
 
 
 def from_ort(value: Any) -> Array:
@@ -164,6 +175,9 @@ def from_ort(value: Any) -> Array:
     import ml_dtypes
 
     shape = value.shape()
+    if value.device_name() != "cpu":
+        there, value = value, room_for(shape, np.dtype(ml_dtypes.bfloat16), "cpu")
+        value.update_inplace(there)
     memory = ctypes.string_at(value.data_ptr(), 2 * int(np.prod(shape)))
     bits: Array = np.frombuffer(memory, dtype=np.uint16)
     wide: Array = bits.view(ml_dtypes.bfloat16).reshape(shape)
