@@ -20,6 +20,7 @@ class Choice:
         by_rows: whether several new tokens of a batch with a past are one call a row.
         window_block: tokens in a block when long prompts are computed by blocks, or 0.
         single: whether one token after a past is a call of its own.
+        captures: whether a decoding step can be a CUDA graph: nothing in it is counted on the host.
         branches: what the graph decides while it runs, in plain words.
         limits: what the graph cannot do, in plain words.
     """
@@ -31,6 +32,7 @@ class Choice:
     by_rows: bool = False
     window_block: int = 0
     single: bool = False
+    captures: bool = False
     branches: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
 
@@ -113,6 +115,7 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
         by_rows=by_rows,
         window_block=block,
         single=single,
+        captures=form.packs_rows and one.cache and not on_cpu,
         branches=tuple(branches),
         limits=tuple(limits),
     )

@@ -97,6 +97,18 @@ def last_columns(columns: Tensor, count: int) -> Tensor:
     )
 
 
+def gather_rows(x: Tensor, source: Tensor) -> Tensor:
+    """``x[b, source[b, s]]`` for ``[B, S, width]``: one GatherND of whole tokens."""
+    return torch.onnx.ops.symbolic(
+        "GatherND",
+        (x, source.unsqueeze(-1)),
+        attrs={"batch_dims": 1},
+        dtype=x.dtype,
+        shape=x.shape,
+        version=13,
+    )
+
+
 def joined(past: Tensor, new: Tensor, total: int) -> Tensor:
     """Past and new keys or values, ``[B, G, total, D]``.
 

@@ -31,10 +31,10 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
     mask, slots = tokens.attention_mask, None
     if mask is not None:
         if choice.padding == "left":
-            hidden_states, position_ids, slots = packing.pack(tokens)
+            hidden_states, position_ids, slots = packing.pack(tokens, captures=choice.captures)
         else:
             hidden_states = packing.refuse_other_padding(
-                hidden_states, new_tokens.last(tokens, mask)
+                hidden_states, new_tokens.last(tokens, mask), captures=choice.captures
             )
     table = None
     k: Tensor | None
@@ -58,8 +58,12 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
     # next call writes over it.
     last_index = torch.full((batch,), length - 1, dtype=torch.int32)
     if tokens.past is not None and mask is not None:
-        earlier = mask.sum(-1) - new_tokens.last(tokens, mask).sum(-1)
-        last_index = (earlier + (length - 1)).to(torch.int32)
+        new = new_tokens.last(tokens, mask)
+        if choice.captures:  # the length counted where the mask is: from the host it is a copy
+            last_index = (mask.sum(-1) + (new == 0).sum(-1) - 1).to(torch.int32)
+        else:
+            earlier = mask.sum(-1) - new.sum(-1)
+            last_index = (earlier + (length - 1)).to(torch.int32)
     layout: Layout = "half" if block.rope is None else block.rope.layout
     context, key, value = ops.group_query_attention(
         q,
@@ -83,7 +87,7 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
         single=choice.single,
     )
     if slots is not None:
-        context = packing.take_rows(context, slots)
+        context = packing.take_rows(context, slots, captures=choice.captures)
     return context, None if tokens.past is None else (key, value)
 
 
