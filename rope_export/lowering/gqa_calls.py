@@ -16,6 +16,7 @@ Everything else is the one call; it and the single token's are on the caller's o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -283,11 +284,16 @@ class _Expansion:
         return self._initializer(f"{array.dtype}_{array.ndim}_{values}", array)
 
     def _initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        """A constant of the graph, one for all that want the same; the name says its values."""
-        name = f"{OWN_DOMAIN}_{name}"
-        known = self.graph.initializers.get(name)
-        if known is not None:
-            return known
+        """A constant of the graph, one for all that want the same values."""
+        stem = name = f"{OWN_DOMAIN}_{name}"
+        for number in itertools.count(2):
+            known = self.graph.initializers.get(name)
+            if known is None:
+                break
+            assert known.const_value is not None
+            if np.array_equal(known.const_value.numpy(), array):
+                return known
+            name = f"{stem}_{number}"
         tensor = ir.tensor(array, name=name)
         made = ir.Value(
             name=name,

@@ -62,9 +62,8 @@ class BlockCall:
         rope = block.rope
         if interface.positions is not None and rope is not None:
             reach = replace(shape, sequence=self.tokens.shape[1])
-            drawn = [
-                draw_positions(rng, reach, interface.positions, rope) for _ in range(rope.axes)
-            ]
+            served = shape.positions_below or interface.positions
+            drawn = [draw_positions(rng, reach, served, rope) for _ in range(rope.axes)]
             self.ids = torch.from_numpy(np.stack(drawn) if rope.axes > 1 else drawn[0])
         self.rows = sample_rows(rng, length) if shape.sampled else None
         nothing = np.zeros(batch, dtype=np.int64)
@@ -142,12 +141,15 @@ class BlockCall:
                 block, tokens, position_ids=ids, rows=picked, calls=self._calls()
             )
             return truth.flatten(0, 1).numpy()
+        longest = None if ids is not None else int(self.totals.max())
         parts = []
         for index, (past, total) in enumerate(zip(self.pasts, self.totals, strict=True)):
             of_row = None if ids is None else ids[..., index : index + 1, :total]
             row = tokens[index : index + 1, :total]
             rows = torch.arange(int(past), int(total))
-            parts.append(attention_truth(block, row, position_ids=of_row, rows=rows)[0])
+            parts.append(
+                attention_truth(block, row, position_ids=of_row, rows=rows, longest=longest)[0]
+            )
         return torch.cat(parts).numpy()
 
     def _exact_cache(self) -> tuple[Tensor, Tensor]:

@@ -28,6 +28,7 @@ class Shape:
         loud: whether inputs are much larger, so that a weak mask or a clipped score shows.
         every_position_below: with ``position_ids``, whether every position below this occurs; 0
             for positions as callers send them.
+        positions_below: with ``position_ids``, all are below this; 0: any that is served.
         sampled: whether truth is evaluated for some query rows only.
         stored: whether the artifact keeps it as a test vector.
     """
@@ -40,6 +41,7 @@ class Shape:
     steps: tuple[tuple[int, ...], ...] = ()
     loud: bool = False
     every_position_below: int = 0
+    positions_below: int = 0
     sampled: bool = False
     stored: bool = True
 
@@ -111,17 +113,31 @@ def plan_shapes(
             wanted.append(Shape("past the switch", 1, switch + 1))
     wanted.append(_covering("longest", longest, rows_wanted))
     wanted += _by_window(block, longest, cache=cache)
+    # Frequencies that follow the length follow that of the call, which other rows and later calls
+    # do not share: with positions of any size, such rows stay where frequencies do not move.
+    together = longest if switch is None else min(longest, switch)
+    apart: list[Shape] = []
     if mask:
-        length = min(13, longest)
+        length = min(13, together if with_positions else longest)
         lengths = tuple(min(length, n) for n in (13, 1, 7, 12))
-        wanted.append(Shape("rows of different lengths", 4, length, lengths=lengths))
+        apart.append(Shape("rows of different lengths", 4, length, lengths=lengths))
     if cache:
-        # Frequencies that follow the length follow that of the call: rows in step, up to there.
-        together = longest if switch is None else min(longest, switch)
-        wanted += _with_past(longest, together, by_rows=by_rows)
-        wanted += _in_calls(min(32, together), longest, with_rows=by_rows)
+        in_step, rows = _with_past(longest, together, by_rows=by_rows)
+        wanted += in_step
+        apart += [*rows, *_in_calls(min(32, together), longest, with_rows=by_rows)]
+    if with_positions and switch is not None:
+        apart = [replace(shape, positions_below=together) for shape in apart]
+    wanted += apart
     distinct = {
-        (s.batch, s.sequence, s.pasts, s.lengths, s.steps, s.every_position_below): s
+        (
+            s.batch,
+            s.sequence,
+            s.pasts,
+            s.lengths,
+            s.steps,
+            s.every_position_below,
+            s.positions_below,
+        ): s
         for s in wanted
     }
     return _within_cap(block, list(distinct.values()), with_positions, cache)
@@ -156,8 +172,8 @@ def _by_window(block: Attention, longest: int, *, cache: bool) -> list[Shape]:
     return shapes
 
 
-def _with_past(longest: int, together: int, *, by_rows: bool) -> list[Shape]:
-    """One call each, its past given."""
+def _with_past(longest: int, together: int, *, by_rows: bool) -> tuple[list[Shape], list[Shape]]:
+    """One call each, its past given: rows in step, and rows that are not."""
     wanted = [
         Shape("decode after one", 2, 1, pasts=(1, 1)),
         Shape("decode", 2, 1, pasts=(16, 16)),
@@ -174,7 +190,7 @@ def _with_past(longest: int, together: int, *, by_rows: bool) -> list[Shape]:
             Shape("chunk, rows of different lengths", 3, 6, pasts=(11, 2, 6)),
             Shape("padded chunk", 3, 6, pasts=(11, 2, 6), lengths=(4, 6, 1)),
         ]
-    return [*shapes, *(s for s in rows if s.total <= together)]
+    return shapes, [s for s in rows if s.total <= together]
 
 
 def _in_calls(length: int, longest: int, *, with_rows: bool) -> list[Shape]:

@@ -205,6 +205,7 @@ def keys_and_values(
     *,
     position_ids: Tensor | None = None,
     calls: Sequence[int] = (),
+    longest: int | None = None,
     semantics: Semantics | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Rotated keys and values in float64, as a cache holds them.
@@ -218,11 +219,18 @@ def keys_and_values(
     length = hidden_states.shape[1]
     positions = torch.arange(length) if position_ids is None else position_ids
     k, v = plain_keys_and_values(block, hidden_states, meaning)
-    return _turned(k, positions, meaning, calls, of_queries=False), v.roll(meaning.value_roll, 1)
+    k = _turned(k, positions, meaning, calls, longest, of_queries=False)
+    return k, v.roll(meaning.value_roll, 1)
 
 
 def _turned(
-    x: Tensor, positions: Tensor, meaning: Semantics, calls: Sequence[int], *, of_queries: bool
+    x: Tensor,
+    positions: Tensor,
+    meaning: Semantics,
+    calls: Sequence[int],
+    longest: int | None,
+    *,
+    of_queries: bool,
 ) -> Tensor:
     """Rotate all tokens; those of one call share the frequencies of its largest position."""
     if meaning.found is None:
@@ -231,8 +239,8 @@ def _turned(
     parts, start = [], 0
     for end in ends:
         now = positions[..., start:end]
-        longest = int(now.max()) + 1
-        parts.append(turned_at(x[..., start:end, :], now, meaning, longest, of_queries=of_queries))
+        of_call = longest or int(now.max()) + 1
+        parts.append(turned_at(x[..., start:end, :], now, meaning, of_call, of_queries=of_queries))
         start = end
     return torch.cat(parts, dim=-2)
 
@@ -246,6 +254,7 @@ def attention_truth(
     rows: Tensor | None = None,
     lengths: Tensor | None = None,
     calls: Sequence[int] = (),
+    longest: int | None = None,
     semantics: Semantics | None = None,
 ) -> Tensor:
     """Evaluate the block in float64 on its own (rounded) weights and inputs, in one full pass.
@@ -258,6 +267,7 @@ def attention_truth(
         lengths: tokens in each row ``[B]`` when some are shorter; what is beyond is not seen.
         calls: where the calls of a chunked pass end, ascending; frequencies that follow the
             length follow that of the call in which a token is rotated.
+        longest: positions of the longest sequence in the call, where it has other rows than these.
         semantics: what to compute, if not what ``block`` states.
 
     Returns:
@@ -268,15 +278,20 @@ def attention_truth(
     positions = torch.arange(length) if position_ids is None else position_ids
     picked = torch.arange(length) if rows is None else rows
     k, v = keys_and_values(
-        block, hidden_states, position_ids=position_ids, calls=calls, semantics=meaning
+        block,
+        hidden_states,
+        position_ids=position_ids,
+        calls=calls,
+        longest=longest,
+        semantics=meaning,
     )
     of_rows = calls or rows is None
     q = queries(block, hidden_states if of_rows else hidden_states[:, picked], meaning)
     if of_rows:
-        q = _turned(q, positions, meaning, calls, of_queries=True)[..., picked, :]
+        q = _turned(q, positions, meaning, calls, longest, of_queries=True)[..., picked, :]
     else:
-        longest = int(positions.max()) + 1
-        q = turned_at(q, positions[..., picked], meaning, longest, of_queries=True)
+        of_call = longest or int(positions.max()) + 1
+        q = turned_at(q, positions[..., picked], meaning, of_call, of_queries=True)
     sliced = slice_rows(hidden_states.shape[0] * meaning.num_heads, length, meaning)
     seen_by_none = None if lengths is None else torch.arange(length) >= lengths.unsqueeze(1)
 
