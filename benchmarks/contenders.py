@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from rope_export import Attention
+from rope_export.attention.random_block import random_block
 from rope_export.proof.draws import draw, input_gain
+from rope_export.proof.reference import exact_angles, rotate_exactly
 from rope_export.rope.frequencies import Frequencies
 from rope_export.rope.pairs import Layout
-from rope_export.proof.reference import exact_angles, rotate_exactly
 from rope_export.rope.rotation import repeat_for_pairs, swap_pairs
-from rope_export.attention.random_block import random_block
 
 Pair = tuple[Tensor, Tensor]
 LENGTHS = 6

@@ -16,20 +16,22 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from rope_export.artifacts.targets import TARGETS, PROVIDERS, DTYPES
-from rope_export import Attention, BadInputError, export, replay, runtime
-from rope_export.proof.arrays import to_numpy
-from rope_export.lowering import rules
+from rope_export import Attention, BadInputError, export, runtime
+from rope_export.artifacts.report import CaseResult, Report
+from rope_export.artifacts.targets import DTYPES, PROVIDERS, TARGETS
 from rope_export.attention.random_block import random_block
+from rope_export.proof.arrays import to_numpy
 
-VARIANTS = {
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grouped heads": ({"num_kv_heads": 8}, {}),
     "one head for all": ({"num_kv_heads": 1}, {}),
     "interleaved, partly rotated": ({"layout": "interleaved", "rotary_dim": 32}, {}),
@@ -76,31 +78,80 @@ def numbers_beyond_the_table(block: Attention, model: Path, provider: str) -> bo
 
 
 @contextmanager
-def written_to_stdout() -> Iterator[list[str]]:
-    """What native code prints meanwhile, too."""
-    text: list[str] = []
+def kernels() -> Iterator[list[str]]:
+    """Kernels that attend meanwhile, by onnxruntime's own names: native code prints them."""
+    os.environ["ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"] = "1"
+    found: list[str] = []
     with tempfile.TemporaryFile() as file:
         sys.stdout.flush()
         before = os.dup(1)
         os.dup2(file.fileno(), 1)
         try:
-            yield text
+            yield found
         finally:
             os.dup2(before, 1)
             os.close(before)
             file.seek(0)
-            text.append(file.read().decode(errors="replace"))
+            text = file.read().decode(errors="replace")
+            found += sorted(set(re.findall(r"SdpaKernel=(\w+)", text)))
 
 
-def kernels(folder: Path, provider: str) -> list[str]:
-    """Kernels that attended while the test vectors ran, by onnxruntime's own names."""
-    with written_to_stdout() as text:
-        replay(folder, providers=[provider])
-    return sorted(set(re.findall(r"SdpaKernel=(\w+)", text[0])))
+@dataclass(frozen=True)
+class Proof:
+    """A block, exported, and proven on one provider.
+
+    Attributes:
+        model: the graph.
+        report: of the proof.
+        worst: the case closest to its tolerance.
+        kernels: that attended.
+        beyond: whether a token whose position is beyond the table is given numbers.
+    """
+
+    model: Path
+    report: Report
+    worst: CaseResult
+    kernels: list[str]
+    beyond: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        return self.report.passed and not self.beyond
+
+    @property
+    def used(self) -> float:
+        """The part of its tolerance that the worst case takes."""
+        errors, tolerance = self.worst.errors, self.worst.tolerance
+        return max(errors.rel / tolerance.rel, errors.row / tolerance.row)
+
+
+def prove(
+    block: Attention, folder: Path, *, target: str, provider: str, options: Mapping[str, Any]
+) -> Proof:
+    """Export a block into ``folder`` and prove it.
+
+    Raises:
+        BadInputError: the target has no form for it.
+    """
+    with kernels() as attended:
+        result = export(
+            block,
+            folder,
+            target=target,
+            providers=[provider],
+            validate=True,
+            validate_on=[provider],
+            **options,
+        )
+    worst = result.report.worst(provider)
+    assert worst is not None
+    asked = result.report.passed and options == {"position_ids": True}
+    beyond = asked and numbers_beyond_the_table(block, result.model, provider)
+    return Proof(result.model, result.report, worst, attended, beyond)
 
 
 def main() -> None:
-    os.environ["ORT_ENABLE_ATTENTION_KERNEL_DEBUG_INFO"] = "1"
     parser = argparse.ArgumentParser(description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--provider", choices=PROVIDERS, required=True)
@@ -121,37 +172,30 @@ def main() -> None:
         )
         with tempfile.TemporaryDirectory() as folder:
             try:
-                result = export(
+                proof = prove(
                     block,
                     Path(folder) / "block",
                     target=target,
-                    providers=[arguments.provider],
-                    validate=True,
-                    validate_on=[arguments.provider],
-                    **options,
+                    provider=arguments.provider,
+                    options=options,
                 )
             except BadInputError as error:
                 print(f"{target:<10}{dtype:<10}{variant:<28} refused: {error}", flush=True)
                 continue
-            report = result.report
-            wrong = options == {"position_ids": True} and numbers_beyond_the_table(
-                block, result.model, arguments.provider
-            )
-            attended = kernels(result.path, arguments.provider)
-        worst = report.worst(arguments.provider)
-        failed += wrong or not report.passed
-        used = max(worst.errors.rel / worst.tolerance.rel, worst.errors.row / worst.tolerance.row)
+        report, worst = proof.report, proof.worst
+        failed += not proof.passed
         print(
             f"{target:<10}{dtype:<10}{variant:<28}{'ok' if report.passed else 'FAILED':<8}"
-            f"{report.graph['attention']:<38}{' '.join(attended):<18}{worst.name}: {used:.2f} "
-            f"of the tolerance {worst.reason or ''}{'  NUMBERS BEYOND THE TABLE' if wrong else ''}",
+            f"{report.graph['attention']:<38}{' '.join(proof.kernels):<18}{worst.name}: "
+            f"{proof.used:.2f} of the tolerance {worst.reason or ''}"
+            f"{'  NUMBERS BEYOND THE TABLE' if proof.beyond else ''}",
             flush=True,
         )
         documents.append(
             {
                 "variant": variant,
-                "kernels": attended,
-                "numbers_beyond_the_table": wrong,
+                "kernels": proof.kernels,
+                "numbers_beyond_the_table": proof.beyond,
                 **report.to_json(),
             }
         )

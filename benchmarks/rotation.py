@@ -26,12 +26,8 @@ from typing import Any
 
 import click
 import torch
-from rotary_embedding_torch import (  # type: ignore[import-untyped]
-    RotaryEmbedding as OtherRotary,
-)
 from timing import hold_memory, seconds
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from rope_export import RotaryEmbedding
 from rope_export.rope.pairs import Layout, rotate_pairs
@@ -221,6 +217,9 @@ class Contender(nn.Module):
         super().__init__()
         self.name, self.case, (cos, sin) = name, case, tables
         if name == "transformers":  # as LlamaRotaryEmbedding returns them
+            from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+            self.apply_to: Callable[..., Pair] = apply_rotary_pos_emb
             cos, sin = (torch.cat((t, t), -1)[None].to(case.dtype) for t in tables)
         self.register_buffer("cos", cos)
         self.register_buffer("sin", sin)
@@ -228,6 +227,10 @@ class Contender(nn.Module):
         if name == "module":
             self.rope = RotaryEmbedding(width, layout=case.layout, max_seq_len=length)
         if name == "rotary-embedding-torch":
+            from rotary_embedding_torch import (  # type: ignore[import-untyped]
+                RotaryEmbedding as OtherRotary,
+            )
+
             self.other = OtherRotary(dim=width, cache_max_seq_len=length)
         self.to(cos.device)
 
@@ -239,8 +242,7 @@ class Contender(nn.Module):
             return self.other.rotate_queries_or_keys(q), self.other.rotate_queries_or_keys(k)
         cos, sin = (t[..., : q.shape[-2], :] for t in (self.cos, self.sin))
         if self.name == "transformers":
-            rotated: Pair = apply_rotary_pos_emb(q, k, cos, sin)
-            return rotated
+            return self.apply_to(q, k, cos, sin)
         turn = FORMULATIONS[self.name]
         return turn(q, cos, sin, self.case.layout), turn(k, cos, sin, self.case.layout)
 

@@ -5,6 +5,8 @@
 #   benchmarks/run.sh cuda            # proofs of every target and dtype first
 #   QUICK=1 benchmarks/run.sh cpu /tmp/out    # small shapes, to see that all of it runs
 #
+# What a quarter of an hour on CUDA can tell: PYTHONPATH=benchmarks python -m visit --help
+#
 # Then, for the README's tables and plots: put the new names into its markers and run
 # benchmarks/render.py.
 set -euo pipefail

@@ -3,10 +3,10 @@
 A step is forward and backward, without an optimizer. All blocks are `rope_export.Attention` with
 the same weights and differ in the rotation alone. Output, input gradient and the gradient of the
 query projection are compared with a float64 evaluation before anything is timed: ours may be as far
-off as `rope_export.artifacts.comparison` allows, others as far as if they rounded after every operation; one
-that is further is not timed. All live in one process and take turns, in another order each round.
-Ratios are medians over the rounds; "of ours" is of ours with the same pairing. Contenders whose
-package is missing are left out; flash-attn and liger need CUDA.
+off as `rope_export.artifacts.comparison` allows, others as far as if they rounded after every
+operation; one that is further is not timed. All live in one process and take turns, in another
+order each round. Ratios are medians over the rounds; "of ours" is of ours with the same pairing.
+Contenders whose package is missing are left out; flash-attn and liger need CUDA.
 
 transformers and liger get their cosines and sines computed in every step, as a model does; a model
 of many layers does so once for all of them.
