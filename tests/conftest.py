@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,15 +13,12 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core, so one thread eac
 
 import mutants
 import pytest
+import torch
+from commands import COMMAND, Run
 from rope_export._cli import run as run_command
 from torch.onnx._internal.exporter import _registration
 
 from rope_export import ExportResult, export
-
-COMMAND = [sys.executable, "-c", "from rope_export._cli import run; run()"]
-SMALL = ("--hidden", "64", "--heads", "4", "--kv-heads", "2", "--seq", "48")
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,8 +33,12 @@ def operators_read_once() -> Iterator[None]:
         registry.functions = {target: [*found] for target, found in known.functions.items()}
         return registry
 
+    composite = torch._export.utils
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kind, "from_torchlib", staticmethod(from_torchlib))
+        # Likewise all operators it knows, which it looks up some fifty times for each graph.
+        once = functools.cache(composite._materialize_cpp_cia_ops)
+        patch.setattr(composite, "_materialize_cpp_cia_ops", once)
         yield
 
 
@@ -73,7 +73,25 @@ def cli_here(
 
 
 @pytest.fixture(scope="session")
-def artifact_of_block(tmp_path_factory: pytest.TempPathFactory) -> ExportResult:
-    """A small proven artifact; copy it before changing anything."""
-    folder = tmp_path_factory.mktemp("session") / "block"
-    return export(mutants.block(), folder, validate=True)
+def proven_block(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ExportResult]:
+    """The small block in a target and a dtype, proven; copy it before changing anything."""
+    root = tmp_path_factory.mktemp("proven")
+
+    @functools.cache
+    def made(target: str = "ort", dtype: str = "float32") -> ExportResult:
+        folder = root / f"{target}-{dtype}" / "block"
+        return export(mutants.block(dtype), folder, target=target, validate=True)
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def artifact_of_block(proven_block: Callable[..., ExportResult]) -> ExportResult:
+    """That block as it is exported by default."""
+    return proven_block()
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory: pytest.TempPathFactory) -> mutants.Exports:
+    """Blocks with a cache, exported when they are first asked for."""
+    return mutants.Exports(tmp_path_factory.mktemp("exports"))

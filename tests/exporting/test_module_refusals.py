@@ -1,0 +1,217 @@
+"""What a module cannot be exported with is refused in one line, and nothing is written."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import modules
+import pytest
+import torch
+import torch.nn.functional as F
+from modules import (
+    AXES,
+    Served,
+    X,
+    drawn,
+    linear,
+    module_of,
+    plus,
+    tree,
+)
+from torch import Tensor, nn
+from torch.export import Dim
+
+from rope_export import BadInputError, export
+
+# --- what is refused -----------------------------------------------------------------------
+
+
+class Decomposing(modules.Given):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return torch.linalg.qr(y)[0]
+
+
+class Deciding(modules.Given):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        if y.sum() > 0:
+            return y
+        return -y
+
+
+class Leaving(modules.Given):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.from_numpy(x.numpy() * 2)
+
+
+class Raising(modules.Given):
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[1] > 1, "two at least"
+        return self.linear(x)
+
+
+def hooked() -> nn.Module:
+    module = Served()
+    module.attention.q_proj.register_forward_hook(lambda *_: None)
+    return module
+
+
+class Adapter(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 2
+
+
+def adapted() -> nn.Module:
+    module = Served()
+    module.attention.q_proj = Adapter(32, 32)
+    return module
+
+
+def exporting(forward: Any = linear, *args: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
+    """A module, and what `export` is given beside it."""
+    module = forward if isinstance(forward, nn.Module) else module_of(forward)
+    return module, {"args": args or (X,), "dynamic_shapes": None, **options}
+
+
+def labelled(labels: Any, *args: Any) -> tuple[Any, dict[str, Any]]:
+    return exporting(plus if args else linear, *args, dynamic_shapes=labels)
+
+
+LINE = r"\w+\.py:\d+ `"
+MASKED = drawn(2, 7, 32), torch.ones(2, 7, dtype=torch.int64)
+REFUSED = {
+    # labels
+    "unknown input": (labelled({"y": AXES}), r"inputs of Given \(x\), got 'y'"),
+    "no such axis": (labelled({"x": {3: "b"}}), "one of its 3 axes, got 3"),
+    "no such axis from the end": (labelled({"x": {-4: "b"}}), "got -4"),
+    "an axis by name": (labelled({"x": {"0": "b"}}), "axes as integers, got '0'"),
+    "two names": (labelled({"x": {0: "b c"}}), "got 'b c'"),
+    "no name": (labelled({"x": {0: ""}}), "got ''"),
+    "a number": (labelled({"x": {0: "3"}}), "with a name, got '3'"),
+    "a call": (labelled({"x": {0: "f(x)"}}), r"\+, -, \* and // .* got 'f\(x\)'"),
+    "a quotient": (labelled({"x": {0: "b/2"}}), "got 'b/2'"),
+    "a division by zero": (labelled({"x": {0: "b", 1: "b//0"}}), "divide by zero"),
+    "a float": (labelled({"x": {0: 1.5}}), "text or a torch.export.Dim, .* got 1.5"),
+    "another size": (labelled({"x": {0: 7}}), "give its size 3, got 7"),
+    "a truth value": (labelled({"x": {0: True}}), "got True"),
+    "no mapping of axes": (labelled({"x": "batch"}), "mapping from axes to labels, got 'batch'"),
+    "no mapping": (labelled(5), "mapping from inputs to axes, got int"),
+    "a text for a mapping": (labelled("batch"), "mapping from inputs to axes, got str"),
+    "too many entries": (labelled([AXES, AXES]), "one entry for each of x, got 2"),
+    "too few axes": (labelled({"x": ("b", "s")}), r"got \('b', 's'\)"),
+    "two sizes of a label": (labelled({"x": {0: "b", 1: "b"}}), "is 3 in the example's x, got 5"),
+    "a sum that is not": (
+        labelled({"x": {0: "b", 1: "b+1"}}),
+        r"labelled b\+1, which is 4 in the example, got 5",
+    ),
+    "a part without a label": (labelled({"x": {0: "b+c"}}), "no axis is labelled b"),
+    "less than the example": (labelled({"x": {0: Dim("b", max=2)}}), "at most 2, and is 3"),
+    "an axis the module fixes": (
+        exporting(lambda self, x: self.linear(x).reshape(3, -1), dynamic_shapes={"x": AXES}),
+        r"axis 0 of x was to be dynamic \(b\) and Given works with size 3 only",
+    ),
+    "an axis that stays one": (labelled({"y": {1: "t"}}, X, drawn(3, 1, 4)), r"traced at \(t 2"),
+    # inputs
+    "too few arguments": (exporting(plus, X), "missing a required argument: 'y'"),
+    "too many arguments": (exporting(linear, X, X), "too many positional arguments"),
+    "an unknown keyword": (exporting(kwargs={"z": X}), "unexpected keyword argument 'z'"),
+    "a text for arguments": (exporting(args="x"), "tuple of example inputs, got str"),
+    "no tensor": (exporting(lambda self, n: self.linear(torch.ones(n, 4)), 3), "hold a tensor"),
+    "no example": (exporting(args=None), "example inputs of Given, got None"),
+    "complex numbers": (exporting(linear, X.to(torch.complex64)), "got complex64"),
+    "double precision": (exporting(linear, X.double()), "x must be one of .* got float64"),
+    "sparse": (exporting(linear, torch.eye(4).to_sparse()), "got float32 sparse_coo"),
+    "an array": (exporting(linear, X.numpy()), "a tensor, a number, a text or None, got ndarray"),
+    "what the module refuses": (
+        exporting(linear, drawn(3, 5)),
+        LINE + "return self.linear.* raises RuntimeError at the example inputs",
+    ),
+    # outputs
+    "nothing returned": (exporting(lambda *_: None), "must return a tensor, got NoneType"),
+    "an empty result": (exporting(lambda *_: ()), "must return a tensor, got tuple"),
+    "a number returned": (exporting(lambda _, x: (x, 3)), "output_1 must be .* got int 3"),
+    "a text returned": (exporting(lambda _, x: {"a": x, "b": "c"}), "got str 'c'"),
+    "a set returned": (exporting(lambda *_: {"a": {1}}), "got set: a graph"),
+    "complex returned": (exporting(lambda _, x: torch.fft.fft(x)), "got complex64"),
+    "double returned": (exporting(lambda _, x: x.double()), "output must .* got float64"),
+    "the name of an input": (exporting(lambda _, x: {"x": x * 2}), "name of an input"),
+    "one name twice": (
+        exporting(lambda _, x: {"a.b": x, "a": {"b": x * 2}}),
+        "two outputs would be named 'a.b'",
+    ),
+    "too few names": (exporting(output_names=[]), "name the 1 outputs .* got 0"),
+    "a text of names": (exporting(output_names="y"), "list of names, got 'y'"),
+    "an empty name": (exporting(output_names=[""]), r"list of names, got \[''\]"),
+    # what it does
+    "a decision": (exporting(Deciding()), LINE + r"if y\.sum\(\) > 0:` depends on the values"),
+    "numpy": (exporting(Leaving()), LINE + r"return torch\.from_numpy.* cannot be traced"),
+    "no ONNX form": (exporting(Decomposing()), r"linalg_qr, used by `.*torch\.linalg\.qr.*no form"),
+    "random numbers": (exporting(lambda _, x: x + torch.rand_like(x)), "same numbers"),
+    "dropout that stays on": (
+        exporting(lambda self, x: F.dropout(self.linear(x), 0.5, training=True)),
+        "output of two runs differs",
+    ),
+    "sizes it raises on": (
+        exporting(Raising(), dynamic_shapes={"x": AXES}),
+        LINE + r"assert .* raises AssertionError at b 1, s 1: two at least",
+    ),
+    "no finite numbers": (exporting(lambda _, x: torch.log(x - 1e9)), "finite numbers"),
+    # its parts
+    "hooks": (exporting(hooked(), *MASKED), "attention.q_proj must have no forward hooks"),
+    "adapters": (exporting(adapted(), *MASKED), "attention.q_proj must be a plain nn.Linear"),
+    "double weights": (exporting(nn.Linear(4, 4).double(), X), "weights must .* got float64"),
+    "weights without numbers": (exporting(nn.Linear(4, 4, device="meta"), X), "meta device"),
+    "bfloat16 on the CPU": (exporting(nn.Linear(4, 4).bfloat16(), X.bfloat16()), "bfloat16"),
+    "a class": (({"module": nn.Linear}, {"args": (X,)}), "torch.nn.Module, got type"),
+    # options
+    "a cache": (exporting(cache=True), "cache is of an Attention exported alone"),
+    "one length": (exporting(static=True), "static is of an Attention exported alone"),
+    "no such target": (exporting(target="tflite"), "target must be one of"),
+    "no length": (exporting(max_seq_len=0), "max_seq_len must be at least 1, got 0"),
+    "longer than its table": (
+        exporting(Served(), *MASKED, max_seq_len=33),
+        "at most the 32 positions .* got 33",
+    ),
+    "padding on no side": (exporting(padding="top"), "padding must be one of"),
+    # what draws inputs
+    "inputs that are no function": (exporting(inputs={"x": X}), "must be a function"),
+    "inputs that raise": (exporting(inputs=lambda *_: 1 / 0), "ZeroDivisionError"),
+    "inputs without a generator": (exporting(inputs=lambda _: {}), "TypeError"),
+    "inputs without names": (exporting(inputs=lambda *_: [X]), "by name, got list"),
+    "inputs of another name": (exporting(inputs=lambda *_: {"y": X}), r"\(x\), got 'y'"),
+    "inputs of another shape": (
+        exporting(inputs=lambda *_: {"x": X[:2]}),
+        r"x as \[3, 5, 4\] of torch.float32, got \[2, 5, 4\]",
+    ),
+    "inputs of another dtype": (
+        exporting(inputs=lambda *_: {"x": X.half()}),
+        "got .* of torch.float16",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_refused_is_one_line_and_leaves_nothing(tmp_path, name):
+    (module, options), says = REFUSED[name]
+    if isinstance(module, dict):
+        module = module["module"]
+    with pytest.raises(BadInputError, match=says) as caught:
+        export(module, tmp_path / "x", **options)
+    assert len(str(caught.value).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_refused_leaves_the_artifact_that_was_there(tmp_path):
+    export(module_of(linear), tmp_path / "x", args=(X,))
+    before = tree(tmp_path)
+    for name in ("no name", "a decision", "no ONNX form", "inputs that raise"):
+        (module, options), says = REFUSED[name]
+        with pytest.raises(BadInputError, match=says):
+            export(module, tmp_path / "x", **options)
+        assert tree(tmp_path) == before
+
+
+def test_a_tensor_for_arguments_is_refused(tmp_path):
+    with pytest.raises(BadInputError, match="tuple of example inputs, got Tensor"):
+        export(module_of(linear), tmp_path / "x", args=X)
