@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 from visit.findings import Findings
 from visit.processes import Job, do
 
@@ -28,6 +24,7 @@ def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "visit.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_the_next_job_is_done_whatever_became_of_the_one_before(tmp_path, findings):
     do([FAILS, DIES, HANGS, FINDS], findings, workers=1, until=time.monotonic() + 300)
     found = [(line["stage"], line["found"]) for line in lines(tmp_path)]

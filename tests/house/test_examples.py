@@ -41,6 +41,7 @@ def test_example(script, tmp_path):
             assert run(script.with_name(name), tmp_path).startswith("import ")
 
 
+@pytest.mark.slow
 def test_the_first_example_without_a_compiler(tmp_path):
     (script,) = (e for e in EXAMPLES if e.name == "export_block.py")
     assert SAYS[script.name] in run(script, tmp_path, TORCHDYNAMO_DISABLE="1")
