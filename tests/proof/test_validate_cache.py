@@ -7,6 +7,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cached_mutants
@@ -324,6 +325,25 @@ def test_frequencies_that_follow_the_length(tmp_path):
     assert result.report.passed, failures(result.report)
     assert any("across the switch" in note for note in result.notes)
     assert not validate(result, mutants.mutated(block, mutants.switch_ignored)).passed
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+@pytest.mark.parametrize("position_ids", [False, True])
+def test_rows_out_of_step_take_the_frequencies_of_the_longest(tmp_path, padding, position_ids):
+    """With the switch within the shortest prompts: each row's own length would be wrong for it."""
+    scaling = {"rope_type": "dynamic", "factor": 3.0, "original_max_position_embeddings": 8}
+    block = mutants.block(scaling=scaling, max_seq_len=24)
+    options = {"cache": True, "padding": padding, "position_ids": position_ids}
+    result = export(block, tmp_path / "block", validate=True, **options)
+    assert result.report.passed, failures(result.report)
+    assert "rows of different lengths" in {case.name for case in result.report.cases}
+    assert not validate(result, mutants.mutated(block, stretch_ignored)).passed
+
+
+def stretch_ignored(wrong: Attention) -> None:
+    assert wrong.rope is not None
+    wrong.rope._found = replace(wrong.rope._found, stretch=None)
+    wrong.rope.reset_parameters()
 
 
 # Stored vectors
