@@ -57,6 +57,7 @@ def of(results: Results, phase: str, length: int) -> dict[str, Measurement]:
     return {m.contender: m for m in results.of(phase, length)}
 
 
+@pytest.mark.slow
 def test_right_graphs_are_timed_and_wrong_ones_found(results):
     assert results.cases() == [(p, n) for n in LENGTHS for p in ("prefill", "decode")]
     for phase, length in results.cases():
@@ -77,6 +78,7 @@ def test_right_graphs_are_timed_and_wrong_ones_found(results):
     assert not results.passed
 
 
+@pytest.mark.slow
 def test_results_are_kept_and_shown(results):
     document = json.loads(json.dumps(results.to_json(), allow_nan=False))
     assert document["passed"] is False
@@ -243,6 +245,7 @@ def test_the_command_measures_an_artifact_and_draws(cli_here, tmp_path):
     assert "altered or truncated" in altered.stderr
 
 
+@pytest.mark.slow
 def test_wrong_numbers_are_exit_1_and_a_line(cli_here, results, monkeypatch):
     monkeypatch.setattr(bench, "measure", lambda *_, **__: results)
     result = cli_here("bench", *SHAPE, "--seq", "8")
