@@ -16,8 +16,7 @@ from onnxscript import optimizer, rewriter
 from rope_export.artifacts.files import MODEL, WEIGHTS, sha256
 from rope_export.artifacts.version import __version__
 from rope_export.errors import ExportError
-from rope_export.lowering import broadcast_masks as masks
-from rope_export.lowering import gqa_calls as control
+from rope_export.lowering import broadcast_masks, gqa_calls
 
 # Larger weights go into a file of their own; protobuf itself ends at 2 GiB.
 _EXTERNAL_BYTES = 128 * 2**20
@@ -51,7 +50,7 @@ def tidy(
     Raises:
         ExportError: a graph input or output does not have the axes asked for.
     """
-    masks.expand(model)
+    broadcast_masks.expand(model)
     sources, learned = _weight_names(model, parameters)
     _optimize(model, learned)
     common_passes.ClearMetadataAndDocStringPass()(model)
@@ -63,7 +62,7 @@ def tidy(
     ):
         value.metadata_props.clear()
         value.doc_string = None
-    control.expand(model)
+    gqa_calls.expand(model)
     _keep_once(model, learned)
     _name_interface(model, inputs, outputs)
     _name_inside(model, sources, prefix)

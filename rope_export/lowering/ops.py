@@ -229,7 +229,7 @@ def group_query_attention(
         by_rows: whether several new tokens of a batch with a past need one call a row.
         block: tokens in a block when long prompts are computed by blocks, or 0.
         single: whether one token after a past is a call of its own. One of the three makes this
-            an operator of the package's own, which `control.expand` replaces.
+            an operator of the package's own, which `gqa_calls.expand` replaces.
 
     Returns:
         ``[B, S, num_heads * head_dim]``, and present keys and values.
