@@ -16,7 +16,7 @@ from rope_export.errors import BadInputError
 KINDS = ("key", "value")
 PAST, PRESENT = "past_key_values", "present"
 _CACHE_ARGUMENT = ("past", "cache", "kv")
-DTYPES = {
+DTYPE_NAMES = {
     torch.float32: "float32",
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
@@ -292,8 +292,8 @@ def check_dtype(name: str, tensor: Tensor) -> None:
     Raises:
         BadInputError: its dtype or layout is none that a graph has.
     """
-    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+    if tensor.dtype not in DTYPE_NAMES or tensor.layout != torch.strided:
         got = str(tensor.dtype).removeprefix("torch.")
         if tensor.layout != torch.strided:
             got += f" {str(tensor.layout).removeprefix('torch.')}"
-        raise BadInputError(f"{name} must be one of {', '.join(DTYPES.values())}, got {got}")
+        raise BadInputError(f"{name} must be one of {', '.join(DTYPE_NAMES.values())}, got {got}")

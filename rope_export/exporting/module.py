@@ -15,8 +15,7 @@ from rope_export.artifacts.targets import DTYPES
 from rope_export.attention.adapters import refuse_what_weights_do_not_say
 from rope_export.attention.block import Attention
 from rope_export.errors import BadInputError
-from rope_export.exporting.call import DTYPES as DTYPE_NAMES
-from rope_export.exporting.call import Call, Flat
+from rope_export.exporting.call import DTYPE_NAMES, Call, Flat
 from rope_export.exporting.dynamic_shapes import DynamicShapes, LabelledCall, axes_asked
 from rope_export.exporting.eager import run_eagerly
 from rope_export.exporting.labels import AxisRange, size_of

@@ -45,7 +45,7 @@ class Prover(Protocol):
         self,
         subject: Subject,
         folder: Path,
-        evidence: Evidence,
+        found: Evidence,
         *,
         named: Sequence[str],
         progress: Progress,

@@ -100,7 +100,7 @@ def _request(
 def prove(
     subject: Subject,
     folder: Path,
-    evidence: Evidence,
+    found: Evidence,
     *,
     named: Sequence[str],
     progress: Progress,
@@ -114,7 +114,7 @@ def prove(
     graph = artifact.config["graph"]
     statuses, results = run_providers(
         artifact,
-        evidence.trials,
+        found.trials,
         named=tuple(named),
         made_for=subject.request.providers,
         runs_on=graph["runs_on"],
@@ -125,6 +125,6 @@ def prove(
         cases=tuple(results),
         graph={**graph, "sha256": sha256(artifact.model)},
         environment=runtime.environment(),
-        sensitivity=evidence.sensitivity(),
+        sensitivity=found.sensitivity(),
         notes=tuple(artifact.config["notes"]),
     )
