@@ -138,7 +138,7 @@ def _blamed(error: BaseException) -> str:
         return f"{error.filename}:{error.lineno} "
     if isinstance(error, ModuleNotFoundError) and _imported_here(error):
         return ""
-    from rope_export.exporting.tracing import blamed
+    from rope_export.exporting.blame import blamed
 
     return f"{blamed(error)} "
 

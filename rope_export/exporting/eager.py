@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rope_export.errors import BadInputError, RopeExportError
+from rope_export.exporting.blame import blamed
 from rope_export.exporting.call import Call, Flat, Leaf, check_dtype
-from rope_export.exporting.tracing import blamed
 
 
 @contextmanager

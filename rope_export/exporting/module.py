@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from rope_export.exporting.eager import run_eagerly
 from rope_export.exporting.labels import AxisRange, size_of
 from rope_export.exporting.request import DEFAULT_LONGEST, Entry, checked_providers
 from rope_export.exporting.signature import Signature, signature_of
+from rope_export.exporting.tracing import NarrowedError
 from rope_export.lowering import rules
 from rope_export.lowering.choice import Choice
 from rope_export.lowering.target import Lengths
@@ -266,16 +266,17 @@ class ModuleRequest:
 
     def narrowed(self, error: Exception) -> Exception:
         """What torch says of one of our flat tensors, in the caller's names."""
-        message = str(error)
-        found = re.search(r"\[(\d+)\]\.size\(\)\[(\d+)\].*constant \((\d+)\)", message)
-        if found is None:
-            return BadInputError(message)
-        index, axis, size = (int(part) for part in found.groups())
+        if not isinstance(error, NarrowedError) or error.axis is None:
+            return BadInputError(str(error))
+        index, axis, size = error.axis
         name, label = self.call.names[index], self.labelled.axes[index][axis].label
+        argument = self.call.leaves[index].argument
+        by = "" if error.line is None else f", by {error.line}"
         return BadInputError(
             f"axis {axis} of {name} was to be dynamic ({label}) and {type(self.module).__name__} "
-            f"works with size {size} only: look for numbers that stand for it, such as a reshape, "
-            "an expand or a buffer of that size, or leave the axis fixed"
+            f"works with size {size} only{by}: use a tensor's own size, such as "
+            f"{argument}.shape[{axis}], instead of int(), == and numbers, reshapes and buffers of "
+            "that size, or leave the axis fixed"
         )
 
     def describe(self, signature: Signature) -> dict[str, Any]:

@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import sys
-import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch._dynamo.exc import UserError
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
 
 from rope_export.artifacts.targets import OPSETS
 from rope_export.dispatch import lowering_to
 from rope_export.errors import BadInputError, ExportError, RopeExportError
+from rope_export.exporting.blame import blamed
+from rope_export.exporting.guards import fixed_by, written_down
 from rope_export.lowering.target import Target
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
 _LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "torch._dynamo")
-_LIBRARIES = (Path(torch.__file__).parent, Path(__file__).parent.parent)
+
+
+class NarrowedError(ExportError):
+    """An axis that was to be dynamic works with some sizes only.
+
+    Attributes:
+        axis: the flat tensor that goes in, its axis, and the one size it works with; or None.
+        line: of the module's own code that fixed it: file, number and text; or None.
+    """
+
+    def __init__(
+        self, message: str, axis: tuple[int, int, int] | None = None, line: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.axis = axis
+        self.line = line
 
 
 def trace(
@@ -39,10 +55,16 @@ def trace(
     """Trace ``module`` while its parts lower to ``target``.
 
     Raises:
-        ExportError: an axis that was to be dynamic came out fixed or narrower.
+        NarrowedError: an axis that was to be dynamic came out fixed or narrower.
         BadInputError: the module cannot be traced; the message has its line.
     """
-    with quiet_torch(), _stderr_on_success(), torch.no_grad(), lowering_to(target):
+    with (
+        quiet_torch(),
+        _stderr_on_success(),
+        torch.no_grad(),
+        lowering_to(target),
+        written_down(__file__) as traces,
+    ):
         try:
             return torch.export.export(
                 module, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
@@ -56,9 +78,7 @@ def trace(
                 "by computed lengths"
             ) from error
         except UserError as error:
-            lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
-            detail = next((line for line in lines if line.startswith("You marked")), lines[0])
-            raise ExportError(f"torch.export narrowed an axis: {detail}") from error
+            raise _narrowed(error, traces) from error
         except Exception as error:
             raise BadInputError(
                 f"{blamed(error)} cannot be traced by torch.export: {_first_line(error)}"
@@ -116,17 +136,20 @@ def check_ranges(
                 )
 
 
-def blamed(error: BaseException) -> str:
-    """The last line of the caller's own code that led to ``error``: file, number and text."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if frame.filename.endswith(".py")
-        and not any(library in Path(frame.filename).parents for library in _LIBRARIES)
-    ]
-    inner = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts]
-    chosen = (inner or frames)[-1:]
-    return "".join(f"{f.filename}:{f.lineno} `{f.line}`" for f in chosen) or "the module"
+def _narrowed(error: UserError, traces: Sequence[ShapeEnv]) -> NarrowedError:
+    """What PyTorch says of an axis, and the line of the module's that it does not say."""
+    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
+    detail = next((line for line in lines if line.startswith("You marked")), lines[0])
+    source = re.search(r"\w+\[[^\s`]*\.size\(\)\[(\d+)\]", detail)
+    line = None
+    if source is not None:
+        line = next(filter(None, (fixed_by(env, source[0]) for env in traces)), None)
+    message = f"torch.export narrowed an axis: {detail}"
+    found = re.search(r"\[(\d+)\]\.size\(\)\[(\d+)\].*constant \((\d+)\)", detail)
+    if found is None:
+        return NarrowedError(f"{message} ({line})" if line else message, None, line)
+    index, axis, size = (int(part) for part in found.groups())
+    return NarrowedError(message, (index, axis, size), line)
 
 
 def _unconvertible(program: torch.export.ExportedProgram, error: BaseException) -> str:

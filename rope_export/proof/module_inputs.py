@@ -10,10 +10,10 @@ from torch import Tensor
 
 from rope_export.artifacts.cache_layout import MASK
 from rope_export.errors import BadInputError
+from rope_export.exporting.blame import blamed
 from rope_export.exporting.labels import is_name, size_of
 from rope_export.exporting.module import ModuleRequest
 from rope_export.exporting.signature import Signature
-from rope_export.exporting.tracing import blamed
 from rope_export.proof.arrays import from_numpy, to_numpy
 from rope_export.runtime.token_places import Array
 

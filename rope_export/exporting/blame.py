@@ -1,0 +1,50 @@
+"""Which line of the caller's own code it was: what a message about a module must say."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+_LIBRARIES = (Path(torch.__file__).parent, Path(__file__).parent.parent)
+
+
+def blamed(error: BaseException) -> str:
+    """The last line of the caller's own code that led to ``error``: file, number and text."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return _own((frame.filename, frame.lineno or 0) for frame in frames) or "the module"
+
+
+def running_line(until: str) -> str | None:
+    """The line of the caller's own code that is running: file, number and text.
+
+    Args:
+        until: the file whose functions run the caller's code; what called those is not looked at.
+
+    Returns:
+        the line, or None where nothing of the caller's is running.
+    """
+    frame = sys._getframe(1)
+    frames = []
+    while frame is not None and frame.f_code.co_filename != until:
+        frames.append((frame.f_code.co_filename, frame.f_lineno))
+        assert frame.f_back is not None  # something of ``until`` called this
+        frame = frame.f_back
+    return _own(reversed(frames))
+
+
+def _own(frames: Iterable[tuple[str, int]]) -> str | None:
+    """The innermost frame of the caller's own code, else of a package that is not PyTorch's."""
+    outside = [
+        (file, number)
+        for file, number in frames
+        if file.endswith(".py") and not any(lib in Path(file).parents for lib in _LIBRARIES)
+    ]
+    inner = [frame for frame in outside if "site-packages" not in Path(frame[0]).parts]
+    for file, number in (inner or outside)[-1:]:
+        return f"{file}:{number} `{linecache.getline(file, number).strip()}`"
+    return None
