@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -569,18 +569,22 @@ class RotaryEmbedding(nn.Module):
         return repeat_for_pairs(scale, layout=self.layout)
 
     def get_axial_freqs(
-        self, *dims: int, offsets: tuple[float, ...] | Tensor | None = None
+        self, *dims: int, offsets: Sequence[float | Tensor] | Tensor | None = None
     ) -> Tensor:
         """Angles of a grid, for `apply_rotary_emb`: each axis turns channels of its own.
 
         Args:
             dims: the size of each axis. Coordinates are ``0 … size - 1``, or with
-                ``freqs_for="pixel"`` from -1 to 1.
-            offsets: added to the coordinates of each axis; with more axes than one they lead the
-                result.
+                ``freqs_for="pixel"`` from -1 to 1. In a graph whose shapes are dynamic the grid
+                is, too.
+            offsets: added to the coordinates of each axis: numbers, sizes of tensors or 0-d
+                tensors, or one tensor of them all; with more axes than one they lead the result.
 
         Returns:
             ``[*dims, len(dims) * r]`` float32, in radians.
+
+        Raises:
+            BadInputError: there are not as many ``offsets`` as axes.
         """
         places = coordinates(dims, offsets, pixels=self.freqs_for == "pixel", device=self.device)
         return angles_of_grid([self._angles(place) for place in places], layout=self.layout)

@@ -15,7 +15,7 @@ from rope_export.rope.rotation import broadcat, repeat_for_pairs
 
 def coordinates(
     dims: Sequence[int],
-    offsets: Sequence[float] | Tensor | None,
+    offsets: Sequence[float | Tensor] | Tensor | None,
     *,
     pixels: bool,
     device: torch.device,
@@ -34,20 +34,51 @@ def coordinates(
     Raises:
         BadInputError: there are not as many ``offsets`` as axes.
     """
-    if offsets is not None:
-        offsets = torch.as_tensor(offsets, device=device).double()
-        if offsets.ndim == 0 or len(offsets) != len(dims):
-            raise BadInputError(
-                f"offsets must have one entry for each of {len(dims)} axes, got {offsets.tolist()}"
-            )
+    added = None if offsets is None else _of_each_axis(offsets, len(dims), device)
     found = []
     for axis, size in enumerate(dims):
         if pixels:
-            places = torch.linspace(-1, 1, size, dtype=torch.float64, device=device)
+            places = _from_minus_one_to_one(size, device)
         else:
             places = torch.arange(size, device=device)
-        found.append(places if offsets is None else places + offsets[axis])
+        found.append(places if added is None else places.double() + added[axis])
     return found
+
+
+def _of_each_axis(
+    offsets: Sequence[float | Tensor] | Tensor, axes: int, device: torch.device
+) -> list[Tensor]:
+    """``offsets``, float64, one a axis.
+
+    Each for itself: of a list that holds sizes, `torch.as_tensor` keeps those of the trace.
+    """
+    if isinstance(offsets, (list, tuple)):
+        found = [_float64(offset, device) for offset in offsets]
+    else:
+        given = torch.as_tensor(offsets, device=device).double()
+        found = list(given) if given.ndim else []
+    if len(found) != axes:
+        shown = [offset.tolist() for offset in found] or offsets
+        raise BadInputError(f"offsets must have one entry for each of {axes} axes, got {shown}")
+    return found
+
+
+def _float64(offset: float | Tensor, device: torch.device) -> Tensor:
+    if isinstance(offset, Tensor):
+        return offset.to(device, torch.float64)
+    return torch.tensor(offset, dtype=torch.float64, device=device)
+
+
+def _from_minus_one_to_one(size: int, device: torch.device) -> Tensor:
+    """``torch.linspace(-1, 1, size)`` in float64, in arithmetic that leaves a graph its size.
+
+    `torch.linspace` has the number of steps for a constant: a trace keeps the one it saw. That
+    the last step is a tensor keeps ``size == 1``, of which the only place is -1, from being
+    decided while a graph of larger sizes is made.
+    """
+    steps = torch.arange(size, device=device)
+    last = steps[-1:].clamp(min=1)
+    return (2 * steps - last).double() / last.double()
 
 
 def angles_of_grid(of_axes: Sequence[Tensor], *, layout: Layout) -> Tensor:
