@@ -5,10 +5,13 @@ from __future__ import annotations
 import linecache
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from rope_export.errors import BadInputError, RopeExportError
 
 _LIBRARIES = (Path(torch.__file__).parent, Path(__file__).parent.parent)
 
@@ -17,6 +20,32 @@ def blamed(error: BaseException) -> str:
     """The last line of the caller's own code that led to ``error``: file, number and text."""
     frames = traceback.extract_tb(error.__traceback__)
     return _own((frame.filename, frame.lineno or 0) for frame in frames) or "the module"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def in_one_line(when: str) -> Iterator[None]:
+    """Say of what the caller's code raises which line it was, and when.
+
+    Args:
+        when: follows the name of what is raised.
+
+    Raises:
+        BadInputError: in place of everything but this package's own errors.
+    """
+    try:
+        yield
+    except RopeExportError:
+        raise
+    except (Exception, SystemExit) as error:
+        said = "" if not str(error).strip() else f": {first_line(error)}"
+        raise BadInputError(
+            f"{blamed(error)} raises {type(error).__name__} {when}{said}"
+        ) from error
 
 
 def running_line(until: str) -> str | None:

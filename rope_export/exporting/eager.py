@@ -8,19 +8,25 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from rope_export.errors import BadInputError, RopeExportError
-from rope_export.exporting.blame import blamed
+from rope_export.exporting.blame import in_one_line
 from rope_export.exporting.call import Call, Flat, Leaf, check_dtype
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put every part of ``module`` in evaluation mode, and back into its own afterwards."""
+    """Put every part of ``module`` in evaluation mode, and back into its own afterwards.
+
+    Encoders of PyTorch's own are kept from their other implementation, which leaves padded tokens
+    out: a graph is made of the plain one, and what it says of padding is compared.
+    """
     training = [part for part in module.modules() if part.training]
+    fast = torch.backends.mha.get_fastpath_enabled()
     module.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for part in training:
             part.training = True
 
@@ -43,20 +49,13 @@ def run_eagerly(
         BadInputError: it raises.
     """
     flat = Flat(call, output_names)
-    try:
-        with (
-            evaluating(call.module),
-            torch.no_grad(),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            results = flat(*tensors)
-    except RopeExportError:
-        raise
-    except Exception as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise BadInputError(
-            f"{blamed(error)} raises {type(error).__name__} at {where}: {first}"
-        ) from error
+    with (
+        in_one_line(f"at {where}"),
+        evaluating(call.module),
+        torch.no_grad(),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        results = flat(*tensors)
     for leaf, result in zip(flat.outputs, results, strict=True):
         check_dtype(leaf.name, result)
     return flat.outputs, list(results)

@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, S
 from rope_export.artifacts.targets import OPSETS
 from rope_export.dispatch import lowering_to
 from rope_export.errors import BadInputError, ExportError, RopeExportError
-from rope_export.exporting.blame import blamed
+from rope_export.exporting.blame import blamed, first_line
 from rope_export.exporting.guards import fixed_by, written_down
 from rope_export.lowering.target import Target
 
@@ -81,7 +81,7 @@ def trace(
             raise _narrowed(error, traces) from error
         except Exception as error:
             raise BadInputError(
-                f"{blamed(error)} cannot be traced by torch.export: {_first_line(error)}"
+                f"{blamed(error)} cannot be traced by torch.export: {first_line(error)}"
             ) from error
 
 
@@ -157,7 +157,7 @@ def _unconvertible(program: torch.export.ExportedProgram, error: BaseException) 
     reason: BaseException = error
     while reason.__cause__ is not None:
         reason = reason.__cause__
-    what = _first_line(reason)
+    what = first_line(reason)
     for node in program.graph.nodes:
         target = node.target
         if isinstance(target, torch._ops.OpOverload) and repr(target) in str(reason):
@@ -167,10 +167,6 @@ def _unconvertible(program: torch.export.ExportedProgram, error: BaseException) 
             at = f" ({lines[-2].strip()})" if len(lines) > 1 else ""
             return f"{name}{where}{at} has no form in ONNX; write it with other operators"
     return f"the module cannot be written in ONNX: {what}"
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

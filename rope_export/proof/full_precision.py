@@ -23,6 +23,7 @@ from rope_export.attention.block import Attention, Cache
 from rope_export.attention.tokens import Tokens
 from rope_export.attention.visibility import token_order
 from rope_export.errors import BadInputError
+from rope_export.proof import stated_dtypes
 from rope_export.proof.reference import (
     Semantics,
     exact_angles,
@@ -139,7 +140,10 @@ class _Widened(TorchDispatchMode):
 
 
 class _WidenedArguments(TorchFunctionMode):
-    """Functions that compare their arguments' dtypes before any operator runs get them widened."""
+    """Functions that compare their arguments' dtypes before any operator runs get them widened.
+
+    Code that asks for a dtype is told the one of an ordinary run.
+    """
 
     def __init__(self, kept: Kept | None) -> None:
         super().__init__()
@@ -154,13 +158,19 @@ class _WidenedArguments(TorchFunctionMode):
     ) -> Any:
         del types
         given = dict(kwargs or {})
+        answer = stated_dtypes.question(func, args)
+        if answer is not None:
+            return answer
         name = getattr(func, "__name__", "_")
         of_tensor = getattr(torch.Tensor, name, None) is func
         function = isinstance(func, BuiltinFunctionType | FunctionType) and not of_tensor
         writes = name.endswith("_") or "out" in given
         if function and not writes and name not in _MOVING_FUNCTIONS:
-            args, given = tree_map(self._widened, (args, given))
-        return func(*args, **given)
+            wide_args, wide = tree_map(self._widened, (args, given))
+            result = func(*wide_args, **wide)
+        else:
+            result = func(*args, **given)
+        return stated_dtypes.carried_over(func, args, given, result)
 
     def _widened(self, value: Any) -> Any:
         if self._kept is None or not isinstance(value, nn.Parameter):
@@ -194,6 +204,13 @@ def _buffers_put_back(module: nn.Module) -> Iterator[None]:
     finally:
         for part, buffers in kept:
             part._buffers.update(buffers)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """An input in float64 that answers to its own dtype."""
+    if not tensor.is_floating_point():
+        return tensor
+    return stated_dtypes.remember(tensor.double(), tensor.dtype)
 
 
 def _widened(value: Any) -> Any:
@@ -265,6 +282,8 @@ class Evaluator:
 
         step = slice_rows(x.shape[0] * meaning.num_heads, total, meaning)
         context = mix(q, k, v, meaning, hide, step=step)
+        for tensor in (context, k, v):
+            stated_dtypes.remember(tensor, attention.dtype)
         return context, None if past is None else (k, v)
 
     def cos_sin(
@@ -281,9 +300,13 @@ class Evaluator:
             angles = flat.unflatten(0, position_ids.shape)
         factor = found.attention_factor
         sign = -1.0 if self._mirrored else 1.0
-        return angles.cos() * factor, angles.sin() * (sign * factor)
+        turns = angles.cos() * factor, angles.sin() * (sign * factor)
+        for tensor in turns:
+            stated_dtypes.remember(tensor, torch.float32)
+        return turns
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, layout: str, seq_dim: int) -> Tensor:
         """Rotate heads, as `rotation.rotate_sequence` has it, in float64."""
         turn = torch.complex(cos.double(), sin.double())
-        return turn_pairs(x.double(), over_heads(turn, x.ndim, seq_dim), layout)
+        turned = turn_pairs(x.double(), over_heads(turn, x.ndim, seq_dim), layout)
+        return stated_dtypes.remember(turned, x.dtype)

@@ -14,6 +14,7 @@ from rope_export import runtime
 from rope_export.artifacts.cache_layout import MASK
 from rope_export.attention.block import Attention
 from rope_export.errors import BadInputError
+from rope_export.exporting.blame import in_one_line
 from rope_export.exporting.call import Flat
 from rope_export.exporting.eager import run_eagerly
 from rope_export.exporting.labels import size_of
@@ -21,7 +22,7 @@ from rope_export.exporting.module import ModuleRequest
 from rope_export.exporting.signature import POSITIONS
 from rope_export.exporting.subject import Interface
 from rope_export.proof.arrays import from_numpy, to_numpy
-from rope_export.proof.full_precision import Kept, exactly
+from rope_export.proof.full_precision import Kept, exactly, widened
 from rope_export.proof.limits import FOLLOWS_LENGTH
 from rope_export.proof.module_inputs import Inputs, shown
 from rope_export.proof.module_sizes import BATCH_LABELS, Planner, Sizes
@@ -145,9 +146,12 @@ class ModuleCases:
         mirrored: bool = False,
     ) -> dict[str, Array]:
         request = self._request
-        wide = [t.double() if t.is_floating_point() else t for t in tensors]
+        wide = [widened(tensor) for tensor in tensors]
         flat = Flat(request.call, request.output_names)
-        with exactly(request.module, alter, mirrored=mirrored, kept=self._wide_weights):
+        with (
+            in_one_line("where all its operators compute in float64, as its truth needs"),
+            exactly(request.module, alter, mirrored=mirrored, kept=self._wide_weights),
+        ):
             results = flat(*wide)
         return {
             leaf.name: to_numpy(r.detach().cpu().contiguous())
