@@ -160,7 +160,10 @@ def bench(
     if artifact is not None:
         block, given = _of_artifact(artifact, source, max(lengths))
     else:
-        block = source.make(max(lengths), seed)
+        widened = source.widened([provider])
+        if widened:
+            click.echo(f"note: {widened}", err=True)
+        block = source.make(max(lengths), seed, dtype="float32" if widened else None)
     dtype = str(block.dtype).removeprefix("torch.")
     chosen = phases or measuring.PHASES
     cases = len(lengths) * len(chosen)
@@ -228,7 +231,8 @@ def _of_artifact(folder: Path, source: Source, longest: int) -> tuple[Attention,
     found = Artifact.read(folder, verify=True)
     options = found.config.get("options") or {}
     if source.layer is not None:
-        block = source.make(int(options.get("max_seq_len", longest)), 0)
+        served = int(options.get("max_seq_len", longest))
+        block = source.make(served, 0, dtype=options.get("dtype"))
     else:
         block = block_of_artifact(folder)
     serves = found.config["export"]["longest"]

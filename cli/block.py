@@ -128,7 +128,8 @@ def block(
     if source.layer is not None:
         steps(f"reading layer {source.layer.index} of {of_the_block['checkpoint']}")
     longest = source.longest(seq)
-    attention = source.make(longest, seed)
+    widened = source.widened(providers or ("cpu",))
+    attention = source.make(longest, seed, dtype="float32" if widened else None)
     shape = source.describe(longest, str(attention.dtype).removeprefix("torch."))
     interface: dict[str, Any] = {
         "position_ids": position_ids,
@@ -156,6 +157,7 @@ def block(
             "seed": seed,
             "validate": not no_validate,
         },
+        notes=[widened] if widened else (),
         progress=steps,
     )
     show.finish(result.report, out, as_json=as_json, origin=source.origin())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -177,7 +177,8 @@ _OPTIONS = (
         "--dtype",
         type=click.Choice(["float32", "float16", "bfloat16"]),
         default=None,
-        help="Weights and activations.  [default: float32, or as the checkpoint has them]",
+        help="Weights and activations.  [default: float32, or as the checkpoint has them; its "
+        "bfloat16 weights become float32, exactly, where a provider has no bfloat16]",
     ),
 )
 
@@ -259,13 +260,41 @@ class Source:
             "dtype": dtype,
         }
 
-    def make(self, longest: int, seed: int) -> Attention:
+    def widened(self, providers: Sequence[str]) -> str | None:
+        """What to say where a checkpoint's weights must be widened to float32, else None.
+
+        Raises:
+            BadInputError: the weights are not what the configuration says.
+        """
+        if self.layer is None or self.values["dtype"] is not None:
+            return None
+        from rope_export.lowering import rules
+        from rope_export.pretrained.weights import stored_dtype
+
+        stored = stored_dtype(
+            self.values["checkpoint"], self.layer.index, family=self.values["family"]
+        )
+        stored_as = str(stored).removeprefix("torch.")
+        without = rules.lacking(stored_as, providers) if stored_as == "bfloat16" else []
+        if not without:
+            return None
+        return (
+            f"the checkpoint's weights are {stored_as} and were widened to float32, exactly: "
+            f"onnxruntime has no {stored_as} kernels on {', '.join(without)}"
+        )
+
+    def make(self, longest: int, seed: int, *, dtype: str | None = None) -> Attention:
         """The block, for sequences of up to ``longest`` tokens.
+
+        Args:
+            longest: positions served.
+            seed: of random weights.
+            dtype: of the weights, where ``--dtype`` does not say it.
 
         Raises:
             BadInputError: an option is out of range, or the weights do not fit it or the machine.
         """
-        dtype = self.values["dtype"]
+        dtype = self.values["dtype"] or dtype
         if self.layer is not None:
             from rope_export.attention.block import Attention
 

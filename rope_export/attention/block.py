@@ -148,7 +148,9 @@ class Attention(nn.Module):
             path: the checkpoint's folder.
             layer: which layer, from 0.
             family: a row of the table, instead of that of ``model_type``.
-            dtype: float32, float16 or bfloat16, by name or torch's (default: as stored).
+            dtype: float32, float16 or bfloat16, by name or torch's (default: as stored, the widest
+                where tensors differ). onnxruntime has no bfloat16 on the CPU: ``"float32"`` holds
+                bfloat16 weights exactly.
             max_seq_len: positions served (default: ``max_position_embeddings``).
 
         Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def export(
     validate: bool = False,
     validate_on: Sequence[str] = (),
     options: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
     progress: Progress = silent,
 ) -> ExportResult:
     """Export a module to ONNX, with test vectors, as one folder that appears whole.
@@ -105,6 +106,7 @@ def export(
         validate_on: providers that must load for the proof; without any, those the graph was made
             for are run where they load, and CUDA where it loads and has the operators.
         options: the caller's own options, kept in ``config.json``.
+        notes: what else the report is to say, in plain words, before the limits of the proof.
         progress: told what is being done.
 
     Returns:
@@ -159,7 +161,14 @@ def export(
         for provider in validate_on:
             runtime.require(provider)
     return _write(
-        Subject(request), Path(path), options or {}, validate, validate_on, progress, runners
+        Subject(request),
+        Path(path),
+        options or {},
+        validate,
+        validate_on,
+        progress,
+        runners,
+        notes,
     )
 
 
@@ -203,6 +212,7 @@ def _write(
     validate_on: Sequence[str],
     progress: Progress,
     runners: Sequence[stages.Runner] = (),
+    notes: Sequence[str] = (),
 ) -> ExportResult:
     request, prover = subject.request, stages.prover()
     with staged(path) as folder, evaluating(request.module):
@@ -210,6 +220,7 @@ def _write(
         model = subject.graph()
         graph.save(model, folder)
         evidence = prover.evidence(subject, progress)
+        evidence = replace(evidence, notes=[*notes, *evidence.notes])
         vectors = _store(folder, evidence.trials)
         description = {
             "name": path.name,

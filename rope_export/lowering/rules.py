@@ -11,7 +11,7 @@ Limits were read in onnxruntime 1.31's kernels and checked on its CPU provider.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -192,6 +192,13 @@ ANY_GRAPH = (
         "use float32 or float16 there, or make the graph for cuda alone",
     ),
 )
+
+
+def lacking(dtype: str, providers: Iterable[str]) -> list[str]:
+    """Those of ``providers`` that have no kernels of ``dtype``, whatever a graph is made of."""
+    there = [replace(PLAIN, provider=provider, dtype=dtype) for provider in providers]
+    return [s.provider for s in there if any(limit.broken_by(s) for limit in ANY_GRAPH)]
+
 
 _GQA = (
     *ANY_GRAPH,

@@ -32,6 +32,7 @@ _QWEN2 = Family(
     defaults={"num_key_value_heads": 32, "max_window_layers": 28, "sliding_window": 4096},
     window=say.qwen,
     qkv_bias=True,
+    idle=("max_window_layers",),
 )
 _QWEN3 = replace(
     _LLAMA,
@@ -44,6 +45,7 @@ _QWEN3 = replace(
     },
     window=say.qwen,
     norm=say.rms(),
+    idle=("max_window_layers",),
 )
 _GEMMA = replace(
     _LLAMA,
@@ -66,6 +68,8 @@ _GEMMA3 = replace(
     window=say.with_types(say.GEMMA3_SLIDES),
     norm=say.rms(unit_offset=True),
     scale=say.from_scalar,
+    # Of the layers of one kind, or spelt out in rope_parameters.
+    idle=("rope_theta", "rope_scaling", "rope_local_base_freq"),
 )
 _CHATGLM = Family(
     "ChatGLM3, GLM-4 (remote code)",
@@ -87,6 +91,7 @@ _CHATGLM = Family(
     refuses=say.chatglm_refuses,
     qkv_bias=("add_bias_linear", "add_qkv_bias"),
     out_bias="add_bias_linear",
+    idle=("original_rope",),
 )
 _DEEPSEEK = Family(
     "DeepSeek-V2, V2-Lite, V2.5",
@@ -139,7 +144,6 @@ FAMILIES: dict[str, Family] = {
         defaults={"sliding_window": 4096},
         rotates=say.cohere2_rotates,
         window=say.COHERE2_WINDOW,
-        head_dim=say.hidden_over_heads,
         qkv_bias="attention_bias",
         out_bias="attention_bias",
     ),
@@ -201,6 +205,7 @@ FAMILIES: dict[str, Family] = {
         ),
         spelled={"rope_theta": ("rotary_emb_base",), "partial_rotary_factor": ("rotary_pct",)},
         head_dim=say.hidden_over_heads,
+        rope=say.neox_rope,
         defaults={"partial_rotary_factor": 0.25, "attention_bias": True},
         qkv_bias="attention_bias",
         out_bias="attention_bias",
@@ -294,6 +299,7 @@ FAMILIES: dict[str, Family] = {
         },
         rope=say.phi3_rope,
         window=say.in_every_layer,
+        idle=("full_attn_mod",),
     ),
     "qwen2": _QWEN2,
     "qwen2_moe": replace(
@@ -324,6 +330,7 @@ FAMILIES: dict[str, Family] = {
         ),
         layout="interleaved",
         defaults={"max_position_embeddings": 1536},
+        head_dim=say.hidden_over_heads,
         rope=say.roformer_rope,
         qkv_bias=True,
         out_bias=True,
@@ -336,6 +343,7 @@ FAMILIES: dict[str, Family] = {
         defaults={"num_key_value_heads": 4, "rope_theta": 2000000.0},
         rotates=say.rotates,
         window=say.smollm3_window,
+        idle=("no_rope_layer_interval",),
     ),
     "stablelm": Family(
         "StableLM 2, StableLM 3B, 12B",

@@ -70,6 +70,8 @@ class Family:
         causal: whether later tokens are hidden.
         sinks: whether heads have sinks.
         refuses: why a configuration is not attention with RoPE as this package has it, or None.
+        idle: fields that bear on attention in other families, and that this one's own code ignores
+            or has read in another form (`unread`).
     """
 
     models: str
@@ -92,3 +94,4 @@ class Family:
     causal: bool = True
     sinks: bool = False
     refuses: Callable[[Fields], str | None] = lambda _: None
+    idle: tuple[str, ...] = ()

@@ -24,11 +24,13 @@ class Fields:
         content: the configuration.
         spelled: field names of this family where they differ; the first that is there counts.
         defaults: what the family assumes where a field is missing.
+        read: names of the fields that were asked for.
     """
 
     content: Mapping[str, Any]
     spelled: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
 
     def name(self, key: str) -> str:
         """How the configuration spells ``key``."""
@@ -38,6 +40,7 @@ class Fields:
     def get(self, key: str, default: Any = None) -> Any:
         """A field as it is, or the family's default, or ``default``."""
         name = self.name(key)
+        self.read.update((key, *self.spelled.get(key, ())))
         return self.content[name] if name in self.content else self.defaults.get(key, default)
 
     def integer(self, key: str, default: int | None = None) -> int:
@@ -96,6 +99,11 @@ class Fields:
             )
         return list(value)
 
+    @property
+    def rope_scaling(self) -> Any:
+        """RoPE parameters as older files have them, or nothing."""
+        return self.get("rope_scaling")
+
     def rope(self, layer_type: str | None = None) -> dict[str, Any]:
         """Parameters of the RoPE in one spelling, with theta, share and trained length filled in.
 
@@ -105,7 +113,7 @@ class Fields:
         Raises:
             BadInputError: a field has another type, or there is none for ``layer_type``.
         """
-        stated = self.content.get("rope_scaling") or self.get("rope_parameters") or {}
+        stated = self.rope_scaling or self.get("rope_parameters") or {}
         if not isinstance(stated, Mapping):
             raise BadInputError(f"config.json: RoPE parameters must be an object, got {stated!r}")
         if any(isinstance(value, Mapping) for value in stated.values()):

@@ -14,6 +14,7 @@ from rope_export.pretrained.family import Family
 from rope_export.pretrained.fields import Fields, text_config
 from rope_export.pretrained.layer import Layer
 from rope_export.pretrained.statements import rotary
+from rope_export.pretrained.unread import refuse_unread
 
 
 def family_of(config: Mapping[str, Any], name: str | None = None) -> tuple[str, Family]:
@@ -50,7 +51,9 @@ def layers_of(config: Mapping[str, Any], family: str | None = None) -> list[Laye
     return [layer_of(config, index, family) for index in range(count)]
 
 
-def layer_of(config: Mapping[str, Any], layer: int, family: str | None = None) -> Layer:
+def layer_of(
+    config: Mapping[str, Any], layer: int, family: str | None = None, *, rope_only: bool = False
+) -> Layer:
     """Geometry of one layer's attention.
 
     Args:
@@ -58,10 +61,14 @@ def layer_of(config: Mapping[str, Any], layer: int, family: str | None = None) -
             language model's part is read.
         layer: which, from 0.
         family: a row of `FAMILIES`, instead of that of ``model_type``.
+        rope_only: only the layer's RoPE is of interest: what else the configuration states and the
+            family does not read is let pass.
 
     Raises:
         BadInputError: the family is unknown or not attention with RoPE, there is no such layer, or
-            a field is missing or of no use; the message names it and its value.
+            a field is missing or of no use, or one that bears on attention is not read by the
+            family and says something else than what the layer is; the message names it and its
+            value.
     """
     name, row = family_of(config, family)
     f = _fields(config, row)
@@ -93,7 +100,7 @@ def layer_of(config: Mapping[str, Any], layer: int, family: str | None = None) -
     scale = row.scale(f)
     rotates = row.rotates is None or row.rotates(f, layer)
     capped = row.softcap is not None and f.get(row.softcap) is not None
-    return Layer(
+    made = Layer(
         family=name,
         index=layer,
         hidden_size=hidden_size,
@@ -113,12 +120,16 @@ def layer_of(config: Mapping[str, Any], layer: int, family: str | None = None) -
         out_bias=_biased(f, row.out_bias),
         max_position_embeddings=f.integer("max_position_embeddings", 4096),
     )
+    refuse_unread(f, row, made, rope_only=rope_only)
+    return made
 
 
-def layer_at(path: str | Path, layer: int, family: str | None = None) -> Layer:
+def layer_at(
+    path: str | Path, layer: int, family: str | None = None, *, rope_only: bool = False
+) -> Layer:
     """Geometry of one layer of the checkpoint in a folder; arguments and errors as `layer_of`."""
     with naming(Path(path)):
-        return layer_of(read_config(Path(path)), layer, family)
+        return layer_of(read_config(Path(path)), layer, family, rope_only=rope_only)
 
 
 def _fields(config: Mapping[str, Any], row: Family) -> Fields:

@@ -23,7 +23,8 @@ def rotary(
     family: Family, f: Fields, layer: int, head_dim: int, *, layer_type: str | None = None
 ) -> Rope:
     """The model's RoPE, the same in every layer, or that of the layer's type."""
-    stated = f.rope(layer_type or layer_type_of(f, layer))
+    aside = replace(f, read=set())  # that it has types says nothing of windows
+    stated = f.rope(layer_type or layer_type_of(aside, layer))
     dim = int(head_dim * stated["partial_rotary_factor"])
     plain = stated["rope_type"] == "default" and set(stated) <= _OF_EVERY_ROPE
     return Rope(dim, stated["rope_theta"], family.layout, None if plain else stated)
@@ -33,13 +34,18 @@ def gemma3_rope(family: Family, f: Fields, layer: int, head_dim: int) -> Rope:
     """Windowed layers have a base of their own, and no scaling."""
     kind = layer_type_of(f, layer) or (SLIDING if GEMMA3_SLIDES(f, layer) else FULL)
     stated = f.get("rope_parameters")
-    if isinstance(stated, Mapping) and not f.content.get("rope_scaling"):
+    if isinstance(stated, Mapping) and not f.rope_scaling:
         if kind not in stated:
             raise BadInputError(f"config.json: rope_parameters has no {kind!r}, got {stated!r}")
         return rotary(family, f, layer, head_dim, layer_type=kind)
     if kind == FULL:
         return rotary(family, f, layer, head_dim)
     return Rope(head_dim, f.number("rope_local_base_freq", 10000.0), family.layout)
+
+
+def neox_rope(family: Family, f: Fields, layer: int, head_dim: int) -> Rope:
+    """The share is of a stated ``head_dim``, though heads have the width that is left to them."""
+    return rotary(family, f, layer, f.integer("head_dim", head_dim))
 
 
 def gptj_rope(family: Family, f: Fields, layer: int, head_dim: int) -> Rope:
@@ -59,7 +65,7 @@ def phi3_rope(family: Family, f: Fields, layer: int, head_dim: int) -> Rope:
     found = rotary(family, f, layer, head_dim)
     scaling = found.scaling
     if scaling is not None and scaling["rope_type"] == "yarn":
-        stated = f.content.get("rope_scaling") or f.get("rope_parameters")
+        stated = f.rope_scaling or f.get("rope_parameters")
         renamed = {**f.content, "rope_scaling": {**stated, "rope_type": "longrope"}}
         return rotary(family, replace(f, content=renamed), layer, head_dim)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,30 +74,20 @@ def load_attention(
 
     Arguments and errors as of `Attention.from_checkpoint`.
     """
-    checkpoint = Checkpoint(path)
-    with naming(checkpoint.path):
-        geometry = layer_of(checkpoint.config, layer, family)
     if isinstance(dtype, torch.dtype):
         dtype = str(dtype).removeprefix("torch.")
     if dtype is not None and dtype not in _KEPT:
         raise BadInputError(f"dtype must be one of {', '.join(_KEPT)}, got {dtype!r}")
-    names = FAMILIES[geometry.family].tensors
-    home = names.home.format(layer=layer)
-    wanted = pieces(geometry, names)
-    prefix = _prefix(checkpoint, home, wanted[0].tensors[0])
-    _refuse_quantised(checkpoint, prefix + home)
-    _check(checkpoint, prefix + home, wanted, names, geometry)
-    stored = checkpoint.dtype(prefix + home + wanted[0].tensors[0])
-    target = getattr(torch, dtype) if dtype else _FLOATS[stored]
+    checkpoint, geometry, home, wanted = _found(path, layer, family)
+    target = getattr(torch, dtype) if dtype else _stored(checkpoint, home, wanted)
     if target == torch.float64:
         raise BadInputError(
             f"{checkpoint.path}: weights are float64; name a dtype of {', '.join(_KEPT)}"
         )
-    read: dict[str, Tensor] = {}
-    for piece in wanted:
-        for name in piece.tensors:
-            if name not in read:
-                read[name] = checkpoint.tensor(prefix + home + name)
+    read = {
+        name: checkpoint.tensor(home + name)
+        for name in dict.fromkeys(name for piece in wanted for name in piece.tensors)
+    }
     state = {
         piece.parameter: piece.make([read[n] for n in piece.tensors]).to(target).contiguous()
         for piece in wanted
@@ -110,6 +101,36 @@ def load_attention(
         owner, _, leaf = name.rpartition(".")
         setattr(block.get_submodule(owner), leaf, torch.nn.Parameter(value))
     return block.eval()
+
+
+def stored_dtype(path: str | Path, layer: int = 0, *, family: str | None = None) -> torch.dtype:
+    """The dtype `load_attention` keeps: the widest of the layer's tensors; none of them is read.
+
+    Arguments and errors as of `Attention.from_checkpoint`.
+    """
+    checkpoint, _, home, wanted = _found(path, layer, family)
+    return _stored(checkpoint, home, wanted)
+
+
+def _found(
+    path: str | Path, layer: int, family: str | None
+) -> tuple[Checkpoint, Layer, str, list[Piece]]:
+    """A layer's geometry, what its tensors' names begin with, and what its parameters are."""
+    checkpoint = Checkpoint(path)
+    with naming(checkpoint.path):
+        geometry = layer_of(checkpoint.config, layer, family)
+    names = FAMILIES[geometry.family].tensors
+    wanted = pieces(geometry, names)
+    home = names.home.format(layer=layer)
+    home = _prefix(checkpoint, home, wanted[0].tensors[0]) + home
+    _refuse_quantised(checkpoint, home)
+    _check(checkpoint, home, wanted, names, geometry)
+    return checkpoint, geometry, home, wanted
+
+
+def _stored(checkpoint: Checkpoint, home: str, wanted: Iterable[Piece]) -> torch.dtype:
+    stored = [_FLOATS[checkpoint.dtype(home + n)] for piece in wanted for n in piece.tensors]
+    return functools.reduce(torch.promote_types, stored)
 
 
 def pieces(layer: Layer, names: Tensors) -> list[Piece]:

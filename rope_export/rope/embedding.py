@@ -195,10 +195,10 @@ class RotaryEmbedding(nn.Module):
         from rope_export.pretrained.geometry import layer_at, layer_of
 
         if isinstance(config, str | Path):
-            found = layer_at(config, layer, family)
+            found = layer_at(config, layer, family, rope_only=True)
         else:
             content = config if isinstance(config, Mapping) else config.to_dict()
-            found = layer_of(content, layer, family)
+            found = layer_of(content, layer, family, rope_only=True)
         if found.rope is None:
             return None
         return found.rope.embedding(max_seq_len or found.max_position_embeddings)

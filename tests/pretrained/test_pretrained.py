@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnx.numpy_helper
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -390,3 +392,49 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(cli_here, tmp_path, op
     assert message in lines[0]
     assert result.stdout == ""
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
+
+
+def in_bfloat16(folder: Path) -> dict[str, torch.Tensor]:
+    content = {name: tensor.bfloat16() for name, tensor in tensors().items()}
+    save_file(content, folder / "model.safetensors")
+    return content
+
+
+def test_bfloat16_weights_are_widened_exactly_where_a_provider_has_none(cli_here, folder, tmp_path):
+    content = in_bfloat16(folder)
+    result = cli_here("block", "--from", "checkpoint", "--seq", "24", "--out", "wide")
+    assert result.returncode == 0, result.stderr
+    note = "weights are bfloat16 and were widened to float32, exactly: onnxruntime has no bfloat16"
+    assert note in result.stdout
+    assert note in (tmp_path / "wide/report.md").read_text()
+    report = json.loads((tmp_path / "wide/report.json").read_text())
+    assert report["passed"]
+    assert any(note in said for said in report["notes"])
+    assert json.loads((tmp_path / "wide/config.json").read_text())["graph"]["dtype"] == "float32"
+    graph = onnx.load(tmp_path / "wide/model.onnx").graph
+    held = {onnx.numpy_helper.to_array(t).astype("<f4").tobytes() for t in graph.initializer}
+    weight = content["model.layers.0.self_attn.o_proj.weight"].float()
+    assert {weight.numpy().tobytes(), weight.T.contiguous().numpy().tobytes()} & held
+    # Named, it is refused as ever; what was made for CUDA keeps it.
+    refused = cli_here(
+        *("block", "--from", "checkpoint", "--dtype", "bfloat16", "--provider", "cpu")
+    )
+    assert refused.returncode == 2
+    assert "no bfloat16 kernel" in refused.stderr
+    kept = cli_here(
+        *("block", "--from", "checkpoint", "--seq", "24", "--provider", "cuda", "--no-validate"),
+        *("--out", "kept"),
+    )
+    assert kept.returncode == 0, kept.stderr
+    assert json.loads((tmp_path / "kept/config.json").read_text())["graph"]["dtype"] == "bfloat16"
+
+
+def test_tensors_of_several_dtypes_are_kept_in_the_widest(folder):
+    content = in_bfloat16(folder)
+    exact = torch.randn(KV_HEADS * HEAD_DIM, HIDDEN)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    save_file(content | {name: exact}, folder / "model.safetensors")
+    block = Attention.from_checkpoint(folder, 1)
+    assert block.dtype == torch.float32
+    assert torch.equal(block.k_proj.weight, exact)
+    assert torch.equal(block.q_proj.weight, content[Q].float())
