@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import re
 import sys
 import traceback
 from collections.abc import Iterable, Iterator
@@ -64,6 +65,17 @@ def running_line(until: str) -> str | None:
         assert frame.f_back is not None  # something of ``until`` called this
         frame = frame.f_back
     return _own(reversed(frames))
+
+
+def line_of(node: torch.fx.Node) -> str | None:
+    """The line of the caller's own code that a node of a graph came from, or None."""
+    return own_line(str(node.meta.get("stack_trace") or ""))
+
+
+def own_line(stack: str) -> str | None:
+    """The line of the caller's own code in a stack as Python prints it, or None."""
+    found = re.findall(r'^ *File "(.*)", line (\d+)', stack, re.MULTILINE)
+    return _own((file, int(number)) for file, number in found)
 
 
 def _own(frames: Iterable[tuple[str, int]]) -> str | None:

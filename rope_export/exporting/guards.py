@@ -7,7 +7,6 @@ the lines are written down while they run.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from torch._guards import detect_fake_mode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.traceback import get_current_meta
 
-from rope_export.exporting.blame import running_line
+from rope_export.exporting.blame import own_line, running_line
 
 Expr = Any
 """A symbol of a trace or arithmetic on symbols, of sympy."""
@@ -129,12 +128,7 @@ def _lines_of(traced: torch.export.ExportedProgram | ShapeEnv) -> _Lines | None:
 
 def _line(until: str) -> str | None:
     """The line that runs, or in a second pass over the graph the one an operator came from."""
-    line = running_line(until)
-    if line is not None:
-        return line
-    trace = str(get_current_meta().get("stack_trace") or "").strip().splitlines()
-    place = re.match(r'\s*File "(.*)", line (\d+)', trace[-2] if len(trace) > 1 else "")
-    return None if place is None else f"{place[1]}:{place[2]} `{trace[-1].strip()}`"
+    return running_line(until) or own_line(str(get_current_meta().get("stack_trace") or ""))
 
 
 def _replace(lines: _Lines, line: str, env: ShapeEnv, symbol: Any, target: Any, *_: Any) -> None:

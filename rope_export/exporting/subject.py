@@ -83,7 +83,14 @@ class Subject:
             request.target, request.providers, request.longest, request.padding, request.form
         )
         try:
-            program = trace(entry.module, entry.args, entry.kwargs, entry.dynamic_shapes, target)
+            program = trace(
+                entry.module,
+                entry.args,
+                entry.kwargs,
+                entry.dynamic_shapes,
+                target,
+                prefix=entry.prefix,
+            )
         except ExportError as error:
             raise request.narrowed(error) from error
         signature = request.signature_of(program, entry, target.lengths)

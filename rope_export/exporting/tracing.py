@@ -6,21 +6,25 @@ import io
 import logging
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 from torch import nn
-from torch._dynamo.exc import UserError
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, ShapeEnv
+from torch._dynamo.exc import UserError, UserErrorType
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.proxy import TracerBase
 
 from rope_export.artifacts.targets import OPSETS
 from rope_export.dispatch import lowering_to
-from rope_export.errors import BadInputError, ExportError, RopeExportError
-from rope_export.exporting.blame import blamed, first_line
+from rope_export.errors import ExportError, RopeExportError
 from rope_export.exporting.guards import fixed_by, written_down
+from rope_export.exporting.refusals import refuse_bfloat16, unconvertible, untraceable
+from rope_export.exporting.state import assignments_noted, refuse_state
 from rope_export.lowering.target import Target
 
 if TYPE_CHECKING:
@@ -51,12 +55,23 @@ def trace(
     kwargs: Mapping[str, Any],
     dynamic_shapes: Any,
     target: Target,
+    *,
+    prefix: str = "",
 ) -> torch.export.ExportedProgram:
     """Trace ``module`` while its parts lower to ``target``.
 
+    Args:
+        module: what is traced.
+        args: positional inputs.
+        kwargs: inputs by name.
+        dynamic_shapes: of `torch.export.export`.
+        target: has what its parts lower to, and the providers.
+        prefix: of the paths of its parts, not shown in messages.
+
     Raises:
         NarrowedError: an axis that was to be dynamic came out fixed or narrower.
-        BadInputError: the module cannot be traced; the message has its line.
+        BadInputError: the module cannot be traced, draws random numbers, keeps state, or computes
+            in a dtype that a provider lacks; the message has its line.
     """
     with (
         quiet_torch(),
@@ -64,25 +79,25 @@ def trace(
         torch.no_grad(),
         lowering_to(target),
         written_down(__file__) as traces,
+        assignments_noted(module, __file__) as assigned,
+        _whole_stacks(),
     ):
         try:
-            return torch.export.export(
+            program = torch.export.export(
                 module, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False
             )
         except RopeExportError:
             raise
-        except GuardOnDataDependentSymNode as error:
-            raise BadInputError(
-                f"{blamed(error)} depends on the values of a tensor, which a graph cannot follow: "
-                "use torch.where, torch.cond or a mask instead of Python's if, int() and slices "
-                "by computed lengths"
-            ) from error
         except UserError as error:
+            if error.error_type is not UserErrorType.CONSTRAINT_VIOLATION:
+                raise untraceable(error) from error
             raise _narrowed(error, traces) from error
-        except Exception as error:
-            raise BadInputError(
-                f"{blamed(error)} cannot be traced by torch.export: {first_line(error)}"
-            ) from error
+        except (Exception, SystemExit) as error:
+            raise untraceable(error) from error
+    refuse_state(program, assigned, prefix=prefix)
+    if "cpu" in target.providers:
+        refuse_bfloat16(program)
+    return program
 
 
 def convert(program: torch.export.ExportedProgram, target: str) -> ir.Model:
@@ -91,8 +106,6 @@ def convert(program: torch.export.ExportedProgram, target: str) -> ir.Model:
     Raises:
         BadInputError: an operator has no ONNX form; the message has the line that uses it.
     """
-    from torch.onnx._internal.exporter._errors import ConversionError
-
     with quiet_torch(), torch.no_grad():
         try:
             converted = torch.onnx.export(
@@ -102,8 +115,10 @@ def convert(program: torch.export.ExportedProgram, target: str) -> ir.Model:
                 optimize=False,
                 verbose=False,
             )
-        except ConversionError as error:
-            raise BadInputError(_unconvertible(program, error)) from error
+        except RopeExportError:
+            raise
+        except Exception as error:
+            raise unconvertible(error) from error
     assert converted is not None  # dynamo=True without a file
     model: ir.Model = converted.model
     return model
@@ -152,21 +167,19 @@ def _narrowed(error: UserError, traces: Sequence[ShapeEnv]) -> NarrowedError:
     return NarrowedError(message, (index, axis, size), line)
 
 
-def _unconvertible(program: torch.export.ExportedProgram, error: BaseException) -> str:
-    """Which operators have no ONNX form, and where they are used."""
-    reason: BaseException = error
-    while reason.__cause__ is not None:
-        reason = reason.__cause__
-    what = first_line(reason)
-    for node in program.graph.nodes:
-        target = node.target
-        if isinstance(target, torch._ops.OpOverload) and repr(target) in str(reason):
-            name = target.name().replace("::", ".")
-            lines = str(node.meta.get("stack_trace") or "").strip().splitlines()
-            where = f", used by `{lines[-1].strip()}`" if lines else ""
-            at = f" ({lines[-2].strip()})" if len(lines) > 1 else ""
-            return f"{name}{where}{at} has no form in ONNX; write it with other operators"
-    return f"the module cannot be written in ONNX: {what}"
+@contextmanager
+def _whole_stacks() -> Iterator[None]:
+    """Have every node know all the lines it came from, not only those of forward itself."""
+
+    def inside(self: TracerBase, stack: traceback.StackSummary) -> traceback.StackSummary:
+        del self
+        files = [frame.filename for frame in stack]
+        first = len(files) - files[::-1].index(__file__) if __file__ in files else 0
+        return traceback.StackSummary.from_list(stack[first:])
+
+    name = "_filter_traceback_frames"
+    with mock.patch.object(TracerBase, name, inside, create=True):
+        yield
 
 
 @contextmanager
