@@ -16,7 +16,7 @@ from onnxscript import optimizer, rewriter
 from rope_export.artifacts.files import MODEL, WEIGHTS, sha256
 from rope_export.artifacts.version import __version__
 from rope_export.errors import ExportError
-from rope_export.lowering import broadcast_masks, gqa_calls
+from rope_export.lowering import gqa_calls
 
 # Larger weights go into a file of their own; protobuf itself ends at 2 GiB.
 _EXTERNAL_BYTES = 128 * 2**20
@@ -50,7 +50,6 @@ def tidy(
     Raises:
         ExportError: a graph input or output does not have the axes asked for.
     """
-    broadcast_masks.expand(model)
     sources, learned = _weight_names(model, parameters)
     _optimize(model, learned)
     common_passes.ClearMetadataAndDocStringPass()(model)

@@ -107,7 +107,7 @@ class Subject:
     def graph(self) -> ir.Model:
         """The traced program in ONNX, tidy."""
         request, signature, prefix = self.request, self.traced.signature, self.traced.prefix
-        model = convert(self.traced.program, request.target)
+        model = convert(self.traced.program, self.traced.target)
         graph.tidy(
             model,
             signature.inputs,

@@ -100,8 +100,8 @@ def trace(
     return program
 
 
-def convert(program: torch.export.ExportedProgram, target: str) -> ir.Model:
-    """Write the traced program in ONNX operators.
+def convert(program: torch.export.ExportedProgram, target: Target) -> ir.Model:
+    """Write the traced program in the ONNX operators of ``target``.
 
     Raises:
         BadInputError: an operator has no ONNX form; the message has the line that uses it.
@@ -111,7 +111,8 @@ def convert(program: torch.export.ExportedProgram, target: str) -> ir.Model:
             converted = torch.onnx.export(
                 program,
                 dynamo=True,
-                opset_version=OPSETS[target],
+                opset_version=OPSETS[target.name],
+                custom_translation_table=target.translations(),
                 optimize=False,
                 verbose=False,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from rope_export.attention.block import Attention, Cache
 from rope_export.attention.tokens import Tokens
 from rope_export.attention.visibility import token_order
 from rope_export.errors import BadInputError
-from rope_export.lowering import new_tokens, onnx, ops, ort, primitive, rules
+from rope_export.lowering import new_tokens, onnx, ops, ort, primitive, rules, scaled_dot_product
 from rope_export.lowering.choice import Choice, choose
 from rope_export.rope.pairs import Layout
 from rope_export.rope.rotation import rotate_sequence
@@ -129,3 +130,9 @@ class Target:
         if self.name == "primitive":  # opset 18 has no operator for it
             return F.rms_norm(x, x.shape[-1:], weight, eps)
         return ops.rms_norm(x, torch.ones(x.shape[-1]) if weight is None else weight, eps)
+
+    def translations(self) -> dict[Callable[..., Any], Callable[..., Any]]:
+        """PyTorch's operators that are written in ONNX otherwise than PyTorch does it."""
+        fused = self.name != "primitive"
+        attend = scaled_dot_product.translation(fused=fused, widened="cpu" in self.providers)
+        return {torch.ops.aten.scaled_dot_product_attention.default: attend}
