@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from rope_export.rope.rotation import (
     repeat_for_pairs,
     rotate_sequence,
 )
-from rope_export.rope.stored_frequencies import placed_as, same_frequencies
+from rope_export.rope.stored_frequencies import placed_as, same_frequencies, unrounded
 from rope_export.rope.xpos import Turns, XPos, scaled
 
 
@@ -316,16 +317,28 @@ class RotaryEmbedding(nn.Module):
         )
         if self.freqs.dtype != torch.float32:  # assigned
             self.freqs.data = self.freqs.data.to(torch.float32)
-        if differs:
+        if differs and given is not None:
             # Another base, or frequencies that were trained: they are the truth now.
-            self._freqs = self.freqs.detach().to("cpu", torch.float64)
+            self._freqs, self.theta = self._taken(given, prefix)
             inv_freq = self._freqs / self.interpolate_factor
             self._found = replace(self._found, inv_freq=inv_freq, beyond=None, stretch=None)
-            self.theta = None
-        elif given is not None and not self.learned_freq:
+        if given is not None and not self.learned_freq:
             self.freqs.copy_(self._freqs)  # theirs may be rounded to half precision
         if differs or self.angles.tau.is_meta:
             self._rebuild_tables()
+
+    def _taken(self, given: Tensor, prefix: str) -> tuple[Tensor, float | None]:
+        """Frequencies that others stored, exact where that can be told, and their base."""
+        found = unrounded(given, freqs_for=self.freqs_for)
+        if found is not None and found.freqs is not None:
+            return found.freqs, found.value if found.name == "theta" else None
+        if found is not None:
+            warnings.warn(
+                f"{prefix}freqs are taken as they are: {found.doubt}; give the module the "
+                f"{found.name} of the checkpoint to have exact ones",
+                stacklevel=5,
+            )
+        return self.freqs.detach().to("cpu", torch.float64), None
 
     def cos_sin(self, position_ids: Tensor) -> Turns:
         """Cosines and sines of the given positions, without xPos's scale.
