@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
@@ -251,8 +251,9 @@ class BlockRequest:
 
     # How it is traced.
 
-    def entry(self) -> Entry:
+    def entries(self, served: Mapping[str, int]) -> Iterator[Entry]:
         """The block, tensors of the sizes it is traced at, and the ranges of their axes."""
+        del served  # it serves what was asked
         length = TRACED_LENGTH if self.cache else min(TRACED_LENGTH, self.longest)
         past = TRACED_PAST if self.cache else 0
         sizes = {"batch": TRACED_BATCH, "sequence": length, "past_sequence": past}
@@ -271,7 +272,7 @@ class BlockRequest:
             tensors[name] = fill(shape, dtype=kind, device=self.block.device)
             shapes[name] = {i: dims[axis] for i, axis in enumerate(axes) if isinstance(axis, str)}
         hidden_states = tensors.pop("hidden_states")
-        return Entry(self.block, (hidden_states,), _with_past(tensors), _with_past(shapes))
+        yield Entry(self.block, (hidden_states,), _with_past(tensors), _with_past(shapes))
 
     def signature_of(
         self, program: torch.export.ExportedProgram, entry: Entry, lengths: Sequence[Lengths]

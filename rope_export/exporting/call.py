@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from rope_export.errors import BadInputError
+from rope_export.exporting.copies import fresh, left_as_it_was
 
 KINDS = ("key", "value")
 PAST, PRESENT = "past_key_values", "present"
@@ -130,6 +133,16 @@ class Call:
             ]
         return leaves
 
+    def of(self, module: nn.Module) -> Call:
+        """The same call of another module, such as a copy."""
+        other = copy.copy(self)
+        other.module = module
+        return other
+
+    def fresh(self) -> Call:
+        """The same call of a copy of the module, which is as the caller's own is now."""
+        return self.of(fresh(self.module))
+
     def call(self, tensors: Sequence[Tensor]) -> Any:
         """Call the module with these tensors in place of the example's."""
         given = iter(tensors)
@@ -150,13 +163,18 @@ class Flat(nn.Module):
     Args:
         call: how it is called.
         output_names: of the results that are no cache, or None.
+        forgets: whether attributes and buffers that a call assigns are put back afterwards. A
+            trace must: what it would leave are no numbers, and PyTorch refuses it.
     """
 
-    def __init__(self, call: Call, output_names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, call: Call, output_names: Sequence[str] | None = None, *, forgets: bool = False
+    ) -> None:
         super().__init__()
         self.module = call.module
         self.call = call
         self.output_names = output_names
+        self._around = left_as_it_was if forgets else nullcontext
         self._found = _Found()
 
     @property
@@ -166,7 +184,8 @@ class Flat(nn.Module):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call, and take the result apart."""
-        result = self.call.call(tensors)
+        with self._around(self.module):
+            result = self.call.call(tensors)
         self._found.leaves, results = outputs_of(
             result, self.output_names, pair=self.call.takes_pair
         )

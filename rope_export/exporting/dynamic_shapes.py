@@ -22,6 +22,8 @@ class LabelledCall:
         call: the module and its example.
         axes: for each tensor that goes in, what is asked of its dynamic axes.
         longest: longest sequence served.
+        asked_longest: the same where the caller said it, else None.
+        why_longest: what says so, in words.
 
     Attributes:
         sizes: what every name in a label is in the example.
@@ -31,12 +33,26 @@ class LabelledCall:
     """
 
     def __init__(
-        self, call: Call, axes: Sequence[Mapping[int, AxisRange]], *, longest: int
+        self,
+        call: Call,
+        axes: Sequence[Mapping[int, AxisRange]],
+        *,
+        longest: int,
+        asked_longest: int | None = None,
+        why_longest: str = "as asked",
     ) -> None:
         self.call = call
         self.axes = [dict(of_leaf) for of_leaf in axes]
         self.longest = longest
+        self.asked_longest = asked_longest
+        self.why_longest = why_longest
         self.sizes = _sizes_of(call, axes)
+
+    @property
+    def sequence(self) -> str | None:
+        """Label of the second axis of the first input, where tokens are counted, or None."""
+        of_first = self.axes[0].get(1)
+        return None if of_first is None else of_first.label
 
     def asked(self) -> Iterator[tuple[str, int, AxisRange]]:
         """Every dynamic axis: the input's name, the axis, and what is asked of it."""

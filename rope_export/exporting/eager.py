@@ -32,7 +32,12 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def run_eagerly(
-    call: Call, output_names: Sequence[str] | None, tensors: Sequence[Tensor], where: str
+    call: Call,
+    output_names: Sequence[str] | None,
+    tensors: Sequence[Tensor],
+    where: str,
+    *,
+    anew: bool = True,
 ) -> tuple[list[Leaf], list[Tensor]]:
     """Run the module itself, uncompiled.
 
@@ -41,6 +46,7 @@ def run_eagerly(
         output_names: of its results that are no cache, or None.
         tensors: in place of the example's.
         where: the sizes they have, in words.
+        anew: whether a copy runs, so that the module stays as it is.
 
     Returns:
         names of its results, and the results.
@@ -48,10 +54,10 @@ def run_eagerly(
     Raises:
         BadInputError: it raises.
     """
-    flat = Flat(call, output_names)
+    flat = Flat(call.fresh() if anew else call, output_names)
     with (
         in_one_line(f"at {where}"),
-        evaluating(call.module),
+        evaluating(flat.module),
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
     ):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rope_export.artifacts.cache_layout import PADDINGS
 from rope_export.artifacts.targets import DTYPES
@@ -16,8 +16,8 @@ from rope_export.attention.block import Attention
 from rope_export.errors import BadInputError
 from rope_export.exporting.call import DTYPE_NAMES, Call, Flat
 from rope_export.exporting.dynamic_shapes import DynamicShapes, LabelledCall, axes_asked
-from rope_export.exporting.eager import run_eagerly
-from rope_export.exporting.labels import AxisRange, size_of
+from rope_export.exporting.entries import Entries
+from rope_export.exporting.labels import AxisRange
 from rope_export.exporting.request import DEFAULT_LONGEST, Entry, checked_providers
 from rope_export.exporting.signature import Signature, signature_of
 from rope_export.exporting.tracing import NarrowedError
@@ -30,7 +30,6 @@ DrawInputs = Callable[[Mapping[str, int], np.random.Generator], Mapping[str, Any
 """From sizes of labels and a generator to arguments by name."""
 
 _PRECISION = {torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-_LEAST_TRACED = 2
 
 
 class ModuleRequest:
@@ -115,7 +114,7 @@ class ModuleRequest:
         _check_parts(module)
         call = Call(module, args, kwargs)
         axes = axes_asked(call, {} if dynamic_shapes is None else dynamic_shapes)
-        longest = _longest(module, axes, max_seq_len)
+        longest, why = _longest(module, axes, max_seq_len)
         if inputs is not None and not callable(inputs):
             raise BadInputError(
                 f"inputs must be a function that draws inputs, got {type(inputs).__name__}"
@@ -123,7 +122,7 @@ class ModuleRequest:
         if output_names is not None:
             _check_names(output_names)
         request = cls(
-            LabelledCall(call, axes, longest=longest),
+            LabelledCall(call, axes, longest=longest, asked_longest=max_seq_len, why_longest=why),
             inputs,
             output_names,
             target=target,
@@ -143,6 +142,7 @@ class ModuleRequest:
             "target": self.target,
             "providers": list(self.providers),
             "longest": self.longest,
+            "max_seq_len": self.labelled.asked_longest,
             "padding": self.padding,
             "seed": self.seed,
             "output_names": self.output_names,
@@ -188,7 +188,12 @@ class ModuleRequest:
                     f"{list(tensor.shape)}"
                 )
         return cls(
-            LabelledCall(call, axes, longest=content["longest"]),
+            LabelledCall(
+                call,
+                axes,
+                longest=content["longest"],
+                asked_longest=content.get("max_seq_len"),
+            ),
             inputs,
             content["output_names"],
             target=content["target"],
@@ -201,57 +206,16 @@ class ModuleRequest:
         """What is known before a trace: nothing."""
         return None
 
-    def entry(self) -> Entry:
+    def entries(self, served: Mapping[str, int]) -> Iterator[Entry]:
         """The module as a function from tensors to tensors, and the example.
+
+        Args:
+            served: the largest size of labels that the traces so far were found to end at.
 
         Raises:
             BadInputError: the module does not run on it, or at the sizes it is traced at.
         """
-        run_eagerly(self.call, self.output_names, self.call.tensors, "the example inputs")
-        flat = Flat(self.call, self.output_names)
-        flat.eval()
-        shapes = tuple(
-            {axis: _dim(asked.low, asked.high) for axis, asked in of_leaf.items()}
-            for of_leaf in self.labelled.axes
-        )
-        tensors = tuple(self._tensors_to_trace())
-        return Entry(flat, tensors, {}, {"tensors": shapes}, prefix="module.")
-
-    def _tensors_to_trace(self) -> list[Tensor]:
-        """The example, but for axes of 0 or 1, which would be taken for broadcasting."""
-        example = self.labelled.sizes
-        sizes = dict(example)
-        for label, size in sizes.items():
-            lows = [
-                a.low for _, _, a in self.labelled.asked() if a.label == label and a.low is not None
-            ]
-            sizes[label] = max([size, _LEAST_TRACED, *lows])
-        for total, parts in _sums_by_name(example).items():
-            sizes[total] = sum(sizes[part] for part in parts)
-        if sizes == example:
-            # Copies: a tensor that is given twice, or is a weight, would be traced as one.
-            return [tensor.detach().clone() for tensor in self.call.tensors]
-        shapes = [
-            [
-                size_of(of_leaf[axis].label, sizes) if axis in of_leaf else size
-                for axis, size in enumerate(tensor.shape)
-            ]
-            for tensor, of_leaf in zip(self.call.tensors, self.labelled.axes, strict=True)
-        ]
-        tensors = [
-            _resized(tensor, shape) for tensor, shape in zip(self.call.tensors, shapes, strict=True)
-        ]
-        changed = ", ".join(
-            f"{label} {sizes[label]}" for label in sizes if sizes[label] != example[label]
-        )
-        run_eagerly(
-            self.call,
-            self.output_names,
-            tensors,
-            f"sizes it is traced at ({changed}, since a graph traced at 0 or 1 would broadcast); "
-            "give an example with sizes of 2 and more, and label sums as sums",
-        )
-        return tensors
+        return iter(Entries(self.labelled, self.output_names, served))
 
     def signature_of(
         self, program: torch.export.ExportedProgram, entry: Entry, lengths: Sequence[Lengths]
@@ -319,12 +283,15 @@ def _compute_dtype(call: Call) -> str:
 
 def _longest(
     module: nn.Module, axes: Sequence[Mapping[int, AxisRange]], max_seq_len: int | None
-) -> int:
+) -> tuple[int, str]:
+    """Longest sequence served, and what says so."""
     ropes = [part for part in module.modules() if isinstance(part, RotaryEmbedding)]
     tables = [rope.max_seq_len for rope in ropes if rope.max_seq_len is not None]
     asked = [each.high for of_leaf in axes for each in of_leaf.values() if each.high is not None]
     if max_seq_len is None:
-        return min(tables) if tables else max(asked, default=DEFAULT_LONGEST)
+        if tables:
+            return min(tables), "the max_seq_len of the module's RotaryEmbedding"
+        return max(asked, default=DEFAULT_LONGEST), "the largest maximum stated"
     if max_seq_len < 1:
         raise BadInputError(f"max_seq_len must be at least 1, got {max_seq_len}")
     served = min((rope.positions for rope in ropes), default=max_seq_len)
@@ -333,43 +300,10 @@ def _longest(
             f"max_seq_len must be at most the {served} positions of the module's RotaryEmbedding, "
             f"got {max_seq_len}"
         )
-    return max_seq_len
+    return max_seq_len, "by max_seq_len"
 
 
 def _check_names(output_names: Any) -> None:
     listed = isinstance(output_names, list | tuple)
     if not listed or not all(isinstance(name, str) and name for name in output_names):
         raise BadInputError(f"output_names must be a list of names, got {output_names!r}")
-
-
-def _dim(low: int | None, high: int | None) -> Any:
-    bounds = {}
-    if low is not None and low > _LEAST_TRACED:
-        bounds["min"] = low
-    if high is not None:
-        bounds["max"] = high
-    return torch.export.Dim.DYNAMIC(**bounds) if bounds else torch.export.Dim.DYNAMIC
-
-
-def _sums_by_name(sizes: dict[str, int]) -> dict[str, tuple[str, str]]:
-    """Labels that are sums by their names: ``total_x`` of ``past_x`` and ``x``."""
-    found = {}
-    for label, size in sizes.items():
-        stem = label.removeprefix("total_")
-        parts = f"past_{stem}", stem
-        known = stem != label and all(part in sizes for part in parts)
-        if known and size == sum(sizes[part] for part in parts):
-            found[label] = parts
-    return found
-
-
-def _resized(tensor: Tensor, shape: list[int]) -> Tensor:
-    """A tensor of another shape with the values of ``tensor``, repeated; zeros if it has none."""
-    if list(tensor.shape) == shape:
-        return tensor.detach().clone()
-    if not tensor.numel():
-        return torch.zeros(shape, dtype=tensor.dtype, device=tensor.device)
-    for axis, size in enumerate(shape):
-        index = torch.arange(size, device=tensor.device) % tensor.shape[axis]
-        tensor = tensor.index_select(axis, index)
-    return tensor

@@ -5,7 +5,7 @@ There are two: `block` knows what an `Attention` takes and gives, `module` reads
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ class Entry:
         kwargs: and which by name.
         dynamic_shapes: what the tracer is told of their axes.
         prefix: in front of the names of weights, where the module was wrapped.
+        note: what was done to the module before, in plain words, or None.
     """
 
     module: nn.Module
@@ -38,6 +39,7 @@ class Entry:
     kwargs: Mapping[str, Any]
     dynamic_shapes: Any
     prefix: str = ""
+    note: str | None = None
 
 
 class Request(Protocol):
@@ -97,8 +99,11 @@ class Request(Protocol):
         """What the graph takes and gives and how it attends, where that needs no trace."""
         ...
 
-    def entry(self) -> Entry:
-        """How it is called to be traced.
+    def entries(self, served: Mapping[str, int]) -> Iterator[Entry]:
+        """How it is called to be traced, and how else where that serves less than was asked.
+
+        Args:
+            served: the largest size of labels that the traces so far were found to end at.
 
         Raises:
             BadInputError: the module does not run on its example.

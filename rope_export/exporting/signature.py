@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from rope_export.artifacts.cache_layout import KINDS, MASK, CacheLayout, LayerCa
 from rope_export.errors import BadInputError
 from rope_export.exporting.call import PAST, PRESENT, Leaf
 from rope_export.exporting.dynamic_shapes import LabelledCall
+from rope_export.exporting.guards import narrowed_by
 from rope_export.exporting.labels import is_name, names_in, size_of, substituted
 from rope_export.lowering.target import Lengths
 
@@ -31,6 +32,8 @@ class Signature:
         inputs: axes of every input, sizes or labels.
         outputs: axes of every output.
         free: smallest and largest size of every label that stands for itself; None: no largest.
+        limits: of labels whose largest size nobody asked for, what in the trace says it, in plain
+            words.
         sequence: label of the axis of new tokens, or None.
         past: label of the axis of cached tokens, or None.
         kinds: for every output, where its tokens are, one of `trial.KINDS`.
@@ -56,6 +59,7 @@ class Signature:
     masked: bool = False
     past_name: str = f"{PAST}.{{layer}}.{{kind}}"
     present_name: str = f"{PRESENT}.{{layer}}.{{kind}}"
+    limits: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tokens(self) -> str:
@@ -190,8 +194,12 @@ def signature_of(
     totals = [f"{a}+{b}" for a, b in zip(pasts, news, strict=True) if a and b]
     totals += [f"{past}+{sequence}"] if past and sequence else []
     bounding = {text for text in [*news, *pasts, *totals] if isinstance(text, str) and text}
+    if labelled.asked_longest is not None and sequence:
+        # Of a module of the caller's own, too, tokens are what a longest sequence is of.
+        bounding |= {f"{past}+{sequence}"} if past else {sequence}
+    limits: dict[str, str] = {}
     free = {
-        label: labels.range_of(label, program, past=label == past, bounding=bounding)
+        label: labels.range_of(label, program, limits, past=label == past, bounding=bounding)
         for label in labels.free()
     }
     batch = first[0] if first else None
@@ -212,6 +220,7 @@ def signature_of(
         length,
         _reads_past([given[name] for name in names if name.startswith(f"{PAST}.")]),
         _is_padding_mask(inputs),
+        limits=limits,
     )
 
 
@@ -271,7 +280,7 @@ class _Labels:
         self, labelled: LabelledCall, sizes: Mapping[tuple[str, int], torch.SymInt]
     ) -> None:
         self._asked = list(labelled.asked())
-        self._longest = labelled.longest
+        self._labelled = labelled
         self._texts: dict[Any, str] = {}  # what is written for a symbol of the trace
         self._derived: dict[str, str] = {}
         self._exprs: dict[str, list[Any]] = {}
@@ -352,36 +361,116 @@ class _Labels:
         self,
         label: str,
         program: torch.export.ExportedProgram,
+        limits: dict[str, str],
         *,
         past: bool,
         bounding: set[str],
     ) -> tuple[int, int | None]:
-        """Sizes served: as asked, as the trace allows, and no longer than the longest sequence."""
-        asked = [each for _, _, each in self._asked if each.label == label]
-        low = max((each.low for each in asked if each.low is not None), default=None)
-        high = min((each.high for each in asked if each.high is not None), default=None)
-        for expr in self._exprs.get(label, []):
-            served = program.range_constraints.get(expr)
-            if served is None or not expr.is_Symbol:
-                continue
-            least = int(served.lower)
-            if least > max(_LEAST_TRACED, low or 0):
-                raise BadInputError(
-                    f"{label} was to serve sizes from {low or int(not past)} and came out as "
-                    f"{least} and more; if that is meant, give "
-                    f"torch.export.Dim({label!r}, min={least})"
-                )
-            most = int(served.upper) if served.upper < _UNBOUNDED else None
-            if most is not None and high is not None and most < high:
-                raise BadInputError(
-                    f"{label} was to serve sizes up to {high} and came out as at most {most}"
-                )
-            if most is not None and high is None:
-                high = most
-        low = (0 if past else 1) if low is None else low
+        """Sizes served: as asked, as the trace allows, and no longer than the longest sequence.
+
+        Args:
+            label: one that stands for itself.
+            program: the trace.
+            limits: filled with what bounds a label that nobody asked a largest size of.
+            past: whether it counts cached tokens.
+            bounding: labels of sequences that are no longer than the longest one.
+
+        Raises:
+            BadInputError: the trace serves less than was asked for.
+        """
+        low, wanted = self._wanted(label)
+        least = (0 if past else 1) if low is None else low
+        asked_longest = self._labelled.asked_longest
+        if asked_longest is not None:
+            for text in bounding:
+                if label in names_in(text):
+                    wanted = _bounded(text, label, least, wanted, asked_longest)
+        served = self._served(label, program, low)
+        if served is not None and wanted is not None and served[0] < wanted:
+            raise BadInputError(
+                f"{label} was to serve sizes up to {wanted} and came out as at most "
+                f"{served[0]}{_by(served[1])}"
+            )
+        high = wanted
+        if served is not None and wanted is None:
+            high = served[0]
+            limits[label] = f"the graph serves {label} up to {high}{_by(served[1])}"
+        bounded = high
         for text in bounding:
-            high = _bounded(text, label, low, high, self._longest)
-        return low, high
+            bounded = _bounded(text, label, least, bounded, self._labelled.longest)
+            alone = dict.fromkeys(names_in(text), 0) | {label: high or 0}
+            too_long = label in names_in(text) and size_of(text, alone) > self._labelled.longest
+            if wanted is not None and too_long:
+                raise BadInputError(
+                    f"{label} was to serve sizes up to {wanted} and comes out as at most "
+                    f"{bounded}: the longest sequence is {self._labelled.longest}, "
+                    f"{self._labelled.why_longest}"
+                )
+        return least, bounded
+
+    def _wanted(self, label: str) -> tuple[int | None, int | None]:
+        """The smallest and largest size asked of a label, or of arithmetic on it alone."""
+        lows, highs = [], []
+        for _, _, each in self._asked:
+            if names_in(each.label) != (label,):
+                continue
+            if each.low is not None:
+                lows.append(
+                    each.low if each.label == label else _inverse(each.label, each.low, up=True)
+                )
+            if each.high is not None:
+                highs.append(each.high if each.label == label else _inverse(each.label, each.high))
+        return max(lows, default=None), min(highs, default=None)
+
+    def _served(
+        self, label: str, program: torch.export.ExportedProgram, low: int | None
+    ) -> tuple[int, str | None] | None:
+        """The largest size of a label in the trace, and the line that made it so.
+
+        Raises:
+            BadInputError: the smallest one is larger than was asked for.
+        """
+        found: list[tuple[int, str | None]] = []
+        for text, exprs in self._exprs.items():
+            if names_in(text) != (label,):
+                continue
+            for expr in exprs:
+                range_ = program.range_constraints.get(expr)
+                if range_ is None or not expr.is_Symbol:
+                    continue
+                line = narrowed_by(program, expr)
+                least = int(range_.lower)
+                if text == label and least > max(_LEAST_TRACED, low or 0):
+                    raise BadInputError(
+                        f"{label} was to serve sizes from {low or 1} and came out as {least} and "
+                        f"more{_by(line)}; if that is meant, give "
+                        f"torch.export.Dim({label!r}, min={least})"
+                    )
+                if range_.upper < _UNBOUNDED:
+                    most = int(range_.upper)
+                    found.append((most if text == label else _inverse(text, most), line))
+        return min(found, key=lambda each: each[0], default=None)
+
+
+def _by(line: str | None) -> str:
+    return "" if line is None else f", by {line}"
+
+
+def _inverse(text: str, size: int, *, up: bool = False) -> int:
+    """The largest size of the one name in a label at which it is not over ``size``.
+
+    With ``up`` the smallest at which it is not under.
+    """
+    (name,) = names_in(text)
+    low, high = 0, max(size, 1)
+    while low < high:
+        middle = (low + high + (not up)) // 2
+        value = size_of(text, {name: middle})
+        if up:
+            low, high = (low, middle) if value >= size else (middle + 1, high)
+        else:
+            low, high = (middle, high) if value <= size else (low, middle - 1)
+    return low
 
 
 def _same_as(label: str, text: str) -> bool:

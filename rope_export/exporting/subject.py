@@ -11,9 +11,9 @@ import torch
 
 from rope_export.artifacts.cache_layout import MASK, CacheLayout
 from rope_export.artifacts.targets import PROVIDERS
-from rope_export.errors import ExportError
+from rope_export.errors import ExportError, RopeExportError
 from rope_export.exporting import graph
-from rope_export.exporting.request import Request
+from rope_export.exporting.request import Entry, Request
 from rope_export.exporting.signature import Signature
 from rope_export.exporting.tracing import convert, trace
 from rope_export.lowering import rules
@@ -33,12 +33,14 @@ class Traced:
         signature: what it takes and gives.
         target: has the forms chosen.
         prefix: in front of the names of weights.
+        note: what was done to the module before, in plain words, or None.
     """
 
     program: torch.export.ExportedProgram
     signature: Signature
     target: Target
     prefix: str
+    note: str | None
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,27 @@ class Subject:
             ExportError: an axis that was to be dynamic came out fixed or with a narrower range.
             BadInputError: the module cannot be traced.
         """
-        request, entry = self.request, self.request.entry()
+        first: RopeExportError | None = None
+        fallback: Traced | None = None
+        served: dict[str, int] = {}
+        for entry in self.request.entries(served):
+            try:
+                traced = self._traced(entry)
+            except RopeExportError as error:
+                first = first or error
+                continue
+            if not traced.signature.limits:
+                return traced
+            free = traced.signature.free
+            served |= {label: free[label][1] or 0 for label in traced.signature.limits}
+            fallback = fallback or traced
+        if fallback is None:
+            assert first is not None
+            raise first
+        return fallback
+
+    def _traced(self, entry: Entry) -> Traced:
+        request = self.request
         target = Target(
             request.target, request.providers, request.longest, request.padding, request.form
         )
@@ -94,15 +116,16 @@ class Subject:
         except ExportError as error:
             raise request.narrowed(error) from error
         signature = request.signature_of(program, entry, target.lengths)
-        return Traced(program, signature, target, entry.prefix)
+        return Traced(program, signature, target, entry.prefix, entry.note)
 
     @cached_property
     def interface(self) -> Interface:
         """How the graph is used: known beforehand, or read from its trace."""
-        known = self.request.known()
+        known, note = self.request.known(), None
         if known is None:
             known = self.traced.signature, tuple(self.traced.target.choices)
-        return _interface(self.request, *known)
+            note = self.traced.note
+        return _interface(self.request, *known, note)
 
     def graph(self) -> ir.Model:
         """The traced program in ONNX, tidy."""
@@ -160,11 +183,14 @@ class Subject:
         return self.request.describe(self.interface.signature)
 
 
-def _interface(request: Request, signature: Signature, choices: Sequence[Choice]) -> Interface:
+def _interface(
+    request: Request, signature: Signature, choices: Sequence[Choice], note: str | None
+) -> Interface:
     caching = [choice for choice in choices if choice.form.packs_rows]
     mixed = 0 < len(caching) < len(choices)
     packs_rows = bool(caching) and not mixed
     notes = [limit for choice in choices for limit in choice.limits]
+    notes += [] if note is None else [note]
     if mixed and signature.layers:
         notes.append(
             "layers keep their caches in different orders: a Decoder serves rows of one length only"
@@ -182,6 +208,7 @@ def _interface(request: Request, signature: Signature, choices: Sequence[Choice]
             "cache grows with each step instead of staying in one buffer, and a Decoder serves "
             "rows of one length only; take positions from attention_mask to change that"
         )
+    notes += signature.limits.values()
     return Interface(signature, tuple(choices), layout, packs_rows, tuple(dict.fromkeys(notes)))
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from dataclasses import replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from rope_export.proof.full_precision import Kept, exactly, widened
 from rope_export.proof.limits import FOLLOWS_LENGTH
 from rope_export.proof.module_inputs import Inputs, shown
 from rope_export.proof.module_sizes import BATCH_LABELS, Planner, Sizes
+from rope_export.proof.module_state import refuse_what_a_graph_cannot_keep
 from rope_export.proof.reference import Semantics
 from rope_export.proof.sensitivity import defects_of
 from rope_export.rope.embedding import RotaryEmbedding
@@ -62,6 +64,8 @@ class ModuleCases:
         self._inputs = Inputs(request, interface.signature)
         self._inconsistent: list[str] = []
         self._sensitivity: dict[str, float] | None = None
+        self._drew = 0
+        self._proven_length = _SENSITIVITY_LENGTH
         self.what = type(request.module).__name__
 
     def planned(self) -> tuple[list[Sizes], list[str]]:
@@ -75,8 +79,16 @@ class ModuleCases:
         if constants:
             fixed = ", ".join(f"{name}={value!r}" for name, value in constants.items())
             notes.append(f"fixed in the graph, as in the example: {fixed}")
-        self._refuse_random()
+        self._refuse_other_padding()
         planned, cut = self._planner().planned()
+        if self._signature.sequence in self._signature.free:
+            self._proven_length = max(case.sizes[self._signature.sequence] for case in planned)
+        others = [
+            partial(self._drawn_tensors, case.sizes, case.lengths)
+            for case in _of_different_sizes(planned)
+        ]
+        refuse_what_a_graph_cannot_keep(self._request, others)
+        notes += [note for each in self._inputs.likenesses.values() if (note := each.note())]
         return planned, notes + cut
 
     def at(self, case: Sizes) -> str:
@@ -111,10 +123,17 @@ class ModuleCases:
             longest=self._request.longest,
             heads=max((m.num_heads for m in _attentions(self._request.module)), default=0),
             operations=self._operations,
+            example=self._request.labelled.sizes,
         )
 
+    def _drawn_tensors(
+        self, sizes: Mapping[str, int], lengths: tuple[int, ...] = ()
+    ) -> list[Tensor]:
+        rng = np.random.default_rng(0)
+        return self._tensors(self._inputs.draw(sizes, rng, lengths, varied=False, within=True))
+
     def _operations(self, sizes: Mapping[str, int]) -> float:
-        tensors = self._tensors(self._inputs.draw(sizes, np.random.default_rng(0), ()))
+        tensors = self._drawn_tensors(sizes)
         with FlopCounterMode(display=False) as counter:
             self._exact(tensors)
         return float(counter.get_total_flops())
@@ -144,13 +163,14 @@ class ModuleCases:
         alter: Callable[[Semantics], Semantics] | None = None,
         *,
         mirrored: bool = False,
+        where: str = "the sizes of a proof",
     ) -> dict[str, Array]:
         request = self._request
         wide = [widened(tensor) for tensor in tensors]
-        flat = Flat(request.call, request.output_names)
+        flat = Flat(request.call.fresh(), request.output_names)
         with (
-            in_one_line("where all its operators compute in float64, as its truth needs"),
-            exactly(request.module, alter, mirrored=mirrored, kept=self._wide_weights),
+            in_one_line(f"at {where}, where all its operators compute in float64, as truth needs"),
+            exactly(flat.module, alter, mirrored=mirrored, kept=self._wide_weights),
         ):
             results = flat(*wide)
         return {
@@ -167,12 +187,70 @@ class ModuleCases:
         }
 
     def _single(self, case: Sizes, rng: np.random.Generator) -> Trial:
-        """One call."""
-        inputs = self._inputs.draw(case.sizes, rng, case.lengths)
+        """One call: by the caller's own inputs, or by inputs drawn as those are.
+
+        What is drawn may be what no caller would give; where the module refuses it, a more careful
+        draw is tried before its refusal is taken for an answer.
+        """
+        if case.given or self._request.inputs is not None:
+            return self._called(case, self._drawn(case, rng))
+        inputs = self._drawn(case, rng, varied=self._drew % 2 == 1)
+        self._drew += 1
+        try:
+            return self._called(case, inputs)
+        except BadInputError as refusal:
+            for other in self._careful(case):
+                try:
+                    return self._called(other, self._drawn(other, rng, varied=False, within=True))
+                except BadInputError:
+                    continue
+            raise BadInputError(f"{refusal}{self._hint(case, inputs)}") from refusal
+
+    def _careful(self, case: Sizes) -> list[Sizes]:
+        """The case again, and the longest sequence less what a single number may shift it by."""
+        label = self._signature.sequence
+        shift = self._inputs.shift
+        if label is None or not 0 < shift < case.sizes.get(label, 0):
+            return [case]
+        fewer = {**case.sizes, label: case.sizes[label] - shift}
+        return [case, replace(case, sizes=fewer)]
+
+    def _hint(self, case: Sizes, inputs: Mapping[str, Array]) -> str:
+        """What of a failed case was the proof's own choice, and how to choose otherwise."""
+        hints = []
+        drawn = self._inputs.drawn_in_words(inputs)
+        if drawn:
+            hints.append(
+                f"the proof drew {drawn} there: inputs= (the factory's key 'inputs') draws others"
+            )
+        example = self._request.labelled.sizes
+        unstated = [
+            label
+            for label, size in case.sizes.items()
+            if self._signature.free[label][1] is None
+            and size != example[label]
+            and label not in BATCH_LABELS
+        ]
+        if unstated:
+            hints.append(
+                f"{' and '.join(unstated)} may be any size: "
+                f"torch.export.Dim({unstated[-1]!r}, min=, max=) or --range says which, and a "
+                f"label such as '8*{unstated[-1]}' says of which only multiples"
+            )
+        return "".join(f"; {hint}" for hint in hints)
+
+    def _drawn(
+        self, case: Sizes, rng: np.random.Generator, *, varied: bool = True, within: bool = False
+    ) -> dict[str, Array]:
+        if case.given:
+            return self._inputs.example()
+        return self._inputs.draw(case.sizes, rng, case.lengths, varied=varied, within=within)
+
+    def _called(self, case: Sizes, inputs: dict[str, Array]) -> Trial:
         where = shown(case.sizes) or "its size"
         tensors = self._tensors(inputs)
         eager = self._eager(tensors, where)
-        truth = self._exact(tensors)
+        truth = self._exact(tensors, where=where)
         mask = inputs[MASK] if self._signature.masked else None
         expected, outputs = {}, {}
         for name, kind in self._signature.kinds.items():
@@ -207,16 +285,14 @@ class ModuleCases:
             outputs=outputs,
         )
 
-    def _refuse_random(self) -> None:
-        tensors = self._request.call.tensors
-        first, second = (self._eager(tensors, "the example inputs") for _ in range(2))
-        for name, array in first.items():
-            if not np.array_equal(array, second[name], equal_nan=array.dtype.kind == "f"):
-                raise BadInputError(
-                    f"{type(self._request.module).__name__} must give the same numbers for the "
-                    f"same inputs, and {name} of two runs differs: look for random numbers and "
-                    "dropout that is always on"
-                )
+    def _refuse_other_padding(self) -> None:
+        """Graphs of our attention are made for one side."""
+        side = self._inputs.padded_side
+        if side is not None and self._interface.choices and side != self._request.padding:
+            raise BadInputError(
+                f"{MASK} pads on the {side} in the example, and the graph is made for padding on "
+                f"the {self._request.padding}: give padding={side!r} (--padding {side})"
+            )
 
     def _judge(self, judged: Judged, truth: Array, eager: Array, dtype: str) -> Expected | None:
         return judged.expected(truth, eager, dtype, self._products, rounding=self._request.dtype)
@@ -317,13 +393,15 @@ class ModuleCases:
 
     def _sensitivities(self) -> dict[str, float]:
         signature, module = self._signature, self._request.module
+        if not any(isinstance(part, Attention | RotaryEmbedding) for part in module.modules()):
+            return {}
         sizes = {
             label: signature.within(label, 1 if label in BATCH_LABELS else 2)
             for label in signature.free
         }
         if signature.sequence in signature.free:
             sizes[str(signature.sequence)] = signature.within(
-                str(signature.sequence), _SENSITIVITY_LENGTH
+                str(signature.sequence), min(_SENSITIVITY_LENGTH, self._proven_length)
             )
         if signature.past in signature.free:
             before = 0 if signature.sequence in signature.free else _SENSITIVITY_LENGTH
@@ -372,6 +450,12 @@ class ModuleCases:
             f"with these weights and inputs some defects would hardly change {name} and could hide "
             f"within the tolerance of {allowed:.0e}: {listed}"
         ]
+
+
+def _of_different_sizes(planned: Sequence[Sizes]) -> list[Sizes]:
+    """Two cases to call a module with before it is called with its example again."""
+    drawn = [case for case in planned if not case.given and not case.steps]
+    return [*drawn[-1:], *drawn[:1]]
 
 
 def _attentions(module: nn.Module) -> list[Attention]:

@@ -17,6 +17,8 @@ from rope_export.lowering.choice import Choice
 # Beyond so many operations (about a minute of float64 here) a length is not proven.
 _TRUTH_FLOPS = 4e12
 _MEMORY_SHARE = 0.6
+# The largest size proven of a label that the graph bounds and nobody gave a maximum.
+_UNASKED = 512
 BATCH_LABELS = ("batch", "rows")
 
 
@@ -30,12 +32,14 @@ class Sizes:
         lengths: new tokens of each row that are no padding; empty when none is.
         steps: when not empty, the case is one full pass that is run in several calls: how many
             tokens each row is given in each.
+        given: whether the inputs are the caller's own example.
     """
 
     name: str
     sizes: Mapping[str, int]
     lengths: tuple[int, ...] = ()
     steps: tuple[tuple[int, ...], ...] = ()
+    given: bool = False
 
     @property
     def loud(self) -> bool:
@@ -53,6 +57,7 @@ class Planner:
         longest: longest sequence served.
         heads: of the attention that has most.
         operations: float64 operations at given sizes.
+        example: sizes of the labels in the caller's example.
     """
 
     def __init__(
@@ -64,6 +69,7 @@ class Planner:
         longest: int,
         heads: int,
         operations: Callable[[Mapping[str, int]], float],
+        example: Mapping[str, int],
     ) -> None:
         self._signature = signature
         self._choices = choices
@@ -71,11 +77,13 @@ class Planner:
         self._longest = longest
         self._heads = heads
         self._operations = operations
+        self._example = example
 
     def planned(self) -> tuple[list[Sizes], list[str]]:
         """Cases before their numbers, and what they leave out, in plain words."""
         signature = self._signature
         free, notes = signature.free, []
+        unstated: list[str] = []
         new, past = signature.sequence, signature.past
         new = new if new in free else None
         past = past if past in free else None
@@ -84,12 +92,11 @@ class Planner:
         for label in free:
             high = free[label][1]
             if high is None and label not in BATCH_LABELS:
-                notes.append(
-                    f"{label} has no stated maximum and is proven at a few small sizes "
-                    f"(torch.export.Dim({label!r}, max=N) or --range {label}=1:N states one)"
-                )
+                unstated.append(label)
             elif high is not None and label != past and label not in BATCH_LABELS:
                 fits, why = self._affordable(label, high)
+                if label in signature.limits and fits > _UNASKED:
+                    fits, why = _UNASKED, "nobody asked for more"
                 longest[label] = fits
                 if fits < high:
                     notes.append(f"proven only up to {label} {fits} of {high}: {why}")
@@ -104,9 +111,12 @@ class Planner:
                 chosen[past] = self._signature.within(past, before)
             return {label: chosen[label] for label in free}
 
+        given = Sizes("the example", {label: self._example[label] for label in free}, given=True)
         if not free:
-            return [Sizes("fixed", {}), Sizes("fixed again", {}), *self._padded(sizes)], notes
+            drawn = [Sizes("fixed", {}), Sizes("fixed again", {})]
+            return [given, *drawn, *self._padded(sizes)], notes
         planned = [
+            given,
             Sizes("smallest" if new is None else "one token", sizes(1, 1)),
             Sizes("odd sizes" if new is None else "odd length", sizes(3 if new is None else 1, 13)),
             Sizes("larger sizes" if new is None else "batch of five", sizes(5, 32)),
@@ -119,10 +129,16 @@ class Planner:
         if past is not None:
             planned += self._after_a_past(sizes)
         distinct = {
-            (tuple(case.sizes.items()), case.lengths, case.steps): case
+            (tuple(case.sizes.items()), case.lengths, case.steps, case.given): case
             for case in reversed(planned)
         }
         served = [case for case in reversed(distinct.values()) if self._serves(case)]
+        for label in unstated:
+            most = max(case.sizes[label] for case in served)
+            notes.append(
+                f"{label} has no stated maximum: the graph bounds it nowhere, and it is proven up "
+                f"to {most} (torch.export.Dim({label!r}, max=N) or --range {label}=1:N states one)"
+            )
         return served, notes
 
     def _serves(self, case: Sizes) -> bool:
