@@ -93,7 +93,8 @@ class Subject:
                 return traced
             free = traced.signature.free
             served |= {label: free[label][1] or 0 for label in traced.signature.limits}
-            fallback = fallback or traced
+            if fallback is None or _serves_more(traced.signature, fallback.signature):
+                fallback = traced
         if fallback is None:
             assert first is not None
             raise first
@@ -181,6 +182,12 @@ class Subject:
     def describe(self) -> dict[str, Any]:
         """What was exported and how, as ``config.json`` has it."""
         return self.request.describe(self.interface.signature)
+
+
+def _serves_more(one: Signature, other: Signature) -> bool:
+    """Whether a signature has larger sizes where another ends and nobody asked it to."""
+    ends = [(one.free.get(label, (0, 0))[1], other.free[label][1]) for label in other.limits]
+    return all(high is None or high > (end or 0) for high, end in ends)
 
 
 def _interface(

@@ -313,7 +313,10 @@ def test_where_factories_are_and_what_their_artifacts_are_called(folder, monkeyp
         (["user.py:with_shapes", *DYNAMIC], "give one"),
         (["user.py:factory", *DYNAMIC, "--seq", "41"], "--seq must be at most the 40 positions"),
         (["user.py:with_argument"], "must be a function without arguments: missing a required"),
-        (["user.py:with_a_module_that_leaves"], "`sys.exit(7)` raises SystemExit at the example inputs: 7"),
+        (
+            ["user.py:with_a_module_that_leaves"],
+            "`sys.exit(7)` raises SystemExit at the example inputs: 7",
+        ),
         (["user.py:batched", "--dynamic", "x:0=batch"], "Batched works with size 2 only"),
         (["user.py:plain", "--dynamic", "x:1=2*n", "--range", "2*n=2:8"], "got '2*n'"),
         (["user.py:plain", "--dynamic", "x:0=b", "--range", "b=:1"], "at most 1, and is 2 in"),
