@@ -137,7 +137,12 @@ def _artifact_rows(
         yield "module", f"{module.get('class')}, {module.get('parameters')} parameters"
     ranges = graph.get("ranges")
     if isinstance(ranges, dict) and ranges:
-        yield "sizes", ", ".join(_range(label, given) for label, given in ranges.items())
+        proven = graph.get("proven")
+        proven = proven if isinstance(proven, dict) else {}
+        yield (
+            "sizes",
+            ", ".join(_range(label, ranges[label], proven.get(label)) for label in ranges),
+        )
     if isinstance(config.get("export"), dict):
         yield "export", _settings(config["export"])
     providers = " and ".join(map(str, graph["providers"]))
@@ -157,12 +162,15 @@ def _artifact_rows(
         yield f"{verdict}: {count} comparisons, when it was exported", ""
 
 
-def _range(label: str, given: Any) -> str:
-    """Sizes a label serves; damaged ones as they are."""
+def _range(label: str, given: Any, proven: Any) -> str:
+    """Sizes a label serves, and those compared; damaged ones as they are."""
     if not isinstance(given, list) or len(given) != 2:
         return f"{label} {given}"
     low, high = given
-    return f"{label} from {low}" if high is None else f"{label} {low} … {high}"
+    text = f"{label} from {low}" if high is None else f"{label} {low} … {high}"
+    if isinstance(proven, list) and len(proven) == 2:
+        text += f" (proven {proven[0]} … {proven[1]})"
+    return text
 
 
 def _settings(content: dict[str, Any]) -> str:

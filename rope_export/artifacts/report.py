@@ -197,6 +197,17 @@ def _race(runners: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def _sizes(ranges: dict[str, list[int | None]], proven: dict[str, list[int]]) -> str:
+    """What every label may be, and what of it was compared."""
+    parts = []
+    for label, (low, high) in ranges.items():
+        text = f"{label} {low} and more" if high is None else f"{label} {low} … {high}"
+        if label in proven:
+            text += f" (proven {proven[label][0]} … {proven[label][1]})"
+        parts.append(text)
+    return ", ".join(parts)
+
+
 def _markdown(report: Report) -> list[str]:
     graph = report.graph
     lines = [f"# {graph.get('name', 'attention block')}", "", f"**{_verdict(report)}**", ""]
@@ -206,6 +217,8 @@ def _markdown(report: Report) -> list[str]:
         f"dtype {graph['dtype']}, made for {', '.join(graph['providers'])}",
         f"- attention `{graph['attention']}`, rotation `{graph['rotation']}`",
     ]
+    if graph.get("ranges"):
+        lines.append(f"- sizes: {_sizes(graph['ranges'], graph.get('proven', {}))}")
     lines += [f"- passed over: {reason}" for reason in graph["passed_over"]]
     lines += [f"- at run time: {branch}" for branch in graph["branches"]]
     operators = ", ".join(f"{count} `{name}`" for name, count in graph["ops"].items())

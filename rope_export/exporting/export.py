@@ -229,6 +229,7 @@ def _write(
             "providers": list(request.providers),
             "runs_on": subject.runs_on(),
             **subject.facts(model),
+            "proven": evidence.proven,
             **graph.description(model, folder),
             **({"race": [runner.to_json() for runner in runners]} if runners else {}),
         }

@@ -97,6 +97,23 @@ def _value(node: ast.expr, sizes: Mapping[str, int]) -> int:
     return sizes[node.id]
 
 
+def inverse(text: str, size: int, *, up: bool = False) -> int:
+    """The largest size of the one name in a label at which it is not over ``size``.
+
+    With ``up`` the smallest at which it is not under.
+    """
+    (name,) = names_in(text)
+    low, high = 0, max(size, 1)
+    while low < high:
+        middle = (low + high + (not up)) // 2
+        value = size_of(text, {name: middle})
+        if up:
+            low, high = (low, middle) if value >= size else (middle + 1, high)
+        else:
+            low, high = (middle, high) if value <= size else (low, middle - 1)
+    return low
+
+
 def substituted(label: str, derived: Mapping[str, str]) -> str:
     """A label with names that stand for others written out.
 

@@ -14,7 +14,7 @@ from rope_export.errors import BadInputError
 from rope_export.exporting.call import PAST, PRESENT, Leaf
 from rope_export.exporting.dynamic_shapes import LabelledCall
 from rope_export.exporting.guards import narrowed_by
-from rope_export.exporting.labels import is_name, names_in, size_of, substituted
+from rope_export.exporting.labels import inverse, is_name, names_in, size_of, substituted
 from rope_export.lowering.target import Lengths
 
 Axes = dict[str, list[str | int]]
@@ -416,10 +416,10 @@ class _Labels:
                 continue
             if each.low is not None:
                 lows.append(
-                    each.low if each.label == label else _inverse(each.label, each.low, up=True)
+                    each.low if each.label == label else inverse(each.label, each.low, up=True)
                 )
             if each.high is not None:
-                highs.append(each.high if each.label == label else _inverse(each.label, each.high))
+                highs.append(each.high if each.label == label else inverse(each.label, each.high))
         return max(lows, default=None), min(highs, default=None)
 
     def _served(
@@ -448,29 +448,12 @@ class _Labels:
                     )
                 if range_.upper < _UNBOUNDED:
                     most = int(range_.upper)
-                    found.append((most if text == label else _inverse(text, most), line))
+                    found.append((most if text == label else inverse(text, most), line))
         return min(found, key=lambda each: each[0], default=None)
 
 
 def _by(line: str | None) -> str:
     return "" if line is None else f", by {line}"
-
-
-def _inverse(text: str, size: int, *, up: bool = False) -> int:
-    """The largest size of the one name in a label at which it is not over ``size``.
-
-    With ``up`` the smallest at which it is not under.
-    """
-    (name,) = names_in(text)
-    low, high = 0, max(size, 1)
-    while low < high:
-        middle = (low + high + (not up)) // 2
-        value = size_of(text, {name: middle})
-        if up:
-            low, high = (low, middle) if value >= size else (middle + 1, high)
-        else:
-            low, high = (middle, high) if value <= size else (low, middle - 1)
-    return low
 
 
 def _same_as(label: str, text: str) -> bool:

@@ -7,7 +7,7 @@ are offered here, by the package when it is imported, and loaded when they are f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,11 +27,13 @@ class Evidence:
         trials: inputs, float64 truth, and what eager PyTorch achieves.
         notes: what they leave out, in plain words.
         sensitivity: works out what typical defects would have changed.
+        proven: the smallest and largest size of every label among the trials.
     """
 
     trials: list[Trial]
     notes: list[str]
     sensitivity: Callable[[], dict[str, float]]
+    proven: Mapping[str, list[int]]
 
 
 class Prover(Protocol):

@@ -14,7 +14,9 @@ import numpy as np
 
 from rope_export.errors import BadInputError
 from rope_export.exporting.block import BlockRequest
+from rope_export.exporting.labels import inverse, names_in
 from rope_export.exporting.module import ModuleRequest
+from rope_export.exporting.signature import Signature
 from rope_export.exporting.stages import Evidence
 from rope_export.exporting.subject import Subject
 from rope_export.proof.block_cases import BlockCases
@@ -132,7 +134,19 @@ def evidence(subject: Subject, progress: Progress) -> Evidence:
         _with_widest(trial, widest, loud=loud, deep=cases.deep)
         for trial, loud in zip(trials, loudness, strict=True)
     ]
-    return Evidence(held, notes, cases.sensitivity)
+    return Evidence(held, notes, cases.sensitivity, _proven(subject.interface.signature, held))
+
+
+def _proven(signature: Signature, trials: Sequence[Trial]) -> dict[str, list[int]]:
+    """The smallest and largest size of every label in the inputs of a proof."""
+    found: dict[str, set[int]] = {label: set() for label in signature.free}
+    for name, axes in signature.inputs.items():
+        for axis, text in enumerate(axes):
+            label = names_in(text)[0] if isinstance(text, str) else ""
+            if isinstance(text, str) and names_in(text) == (label,) and label in found:
+                sizes = {trial.inputs[name].shape[axis] for trial in trials}
+                found[label] |= {inverse(text, size) for size in sizes}
+    return {label: [min(sizes), max(sizes)] for label, sizes in found.items() if sizes}
 
 
 def _refuse_foreign(trial: Trial, dtype: str, what: str) -> None:
