@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -98,7 +99,7 @@ class Call:
             else:
                 raise BadInputError(
                     f"{leaf.name} must be a tensor, a number, a text or None, got "
-                    f"{type(value).__name__}"
+                    f"{type(value).__name__}{_instead_of(value)}"
                 )
         if not self.tensors:
             raise BadInputError(f"args must hold a tensor: {kind} would be a constant, got none")
@@ -238,9 +239,9 @@ def outputs_of(
                 continue
             if not isinstance(part, Tensor):
                 shown = f" {part!r}" if isinstance(part, bool | int | float | str) else ""
+                instead = _instead_of(part) or ": a graph returns nothing else"
                 raise BadInputError(
-                    f"{name} must be a tensor, got {type(part).__name__}{shown}: a graph returns "
-                    "nothing else"
+                    f"{name} must be a tensor, got {type(part).__name__}{shown}{instead}"
                 )
             leaves.append(Leaf(name, entry, _layer(path) if pairs else None))
             tensors.append(part)
@@ -251,6 +252,21 @@ def outputs_of(
     if repeated:
         raise BadInputError(f"two outputs would be named {min(repeated)!r}; give output_names")
     return leaves, tensors
+
+
+def _instead_of(value: Any) -> str:
+    """What to give or return in place of an object that is no tensor, where that is known."""
+    if any(kind.__name__.endswith("Cache") for kind in type(value).__mro__):
+        return (
+            " (a cache of transformers): call the model with use_cache=False (or set it in the "
+            "config), or have the cache in the graph with rope_export.replace_attention(model) and "
+            "DecoderWithCache(model)"
+        )
+    if isinstance(value, np.ndarray | np.generic):
+        return ": use torch.as_tensor" if value.ndim else f": use {value.item()!r}"
+    if hasattr(value, "__dict__") and any(isinstance(v, Tensor) for v in vars(value).values()):
+        return ": use its tensors themselves, a dictionary of them, or a NamedTuple"
+    return ""
 
 
 def _entries(result: Any) -> list[tuple[str, Any]]:

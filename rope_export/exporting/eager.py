@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rope_export.exporting.blame import in_one_line
 from rope_export.exporting.call import Call, Flat, Leaf, check_dtype
+from rope_export.exporting.tracing import quiet_torch
 
 
 @contextmanager
@@ -17,14 +18,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     """Put every part of ``module`` in evaluation mode, and back into its own afterwards.
 
     Encoders of PyTorch's own are kept from their other implementation, which leaves padded tokens
-    out: a graph is made of the plain one, and what it says of padding is compared.
+    out: a graph is made of the plain one, and what it says of padding is compared. Warnings are
+    kept back: a module runs many times here, and its owner has seen them.
     """
     training = [part for part in module.modules() if part.training]
     fast = torch.backends.mha.get_fastpath_enabled()
     module.eval()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with quiet_torch():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for part in training:

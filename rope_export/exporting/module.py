@@ -10,14 +10,12 @@ import torch
 from torch import nn
 
 from rope_export.artifacts.cache_layout import PADDINGS
-from rope_export.artifacts.targets import DTYPES
-from rope_export.attention.adapters import refuse_what_weights_do_not_say
-from rope_export.attention.block import Attention
 from rope_export.errors import BadInputError
 from rope_export.exporting.call import DTYPE_NAMES, Call, Flat
 from rope_export.exporting.dynamic_shapes import DynamicShapes, LabelledCall, axes_asked
 from rope_export.exporting.entries import Entries
 from rope_export.exporting.labels import AxisRange
+from rope_export.exporting.parts import check_parts
 from rope_export.exporting.request import DEFAULT_LONGEST, Entry, checked_providers
 from rope_export.exporting.signature import Signature, signature_of
 from rope_export.exporting.tracing import NarrowedError
@@ -111,7 +109,7 @@ class ModuleRequest:
         chosen = checked_providers(target, providers)
         if padding not in PADDINGS:
             raise BadInputError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
-        _check_parts(module)
+        check_parts(module)
         call = Call(module, args, kwargs)
         axes = axes_asked(call, {} if dynamic_shapes is None else dynamic_shapes)
         longest, why = _longest(module, axes, max_seq_len)
@@ -254,23 +252,6 @@ class ModuleRequest:
             "constants": {name: str(value) for name, value in call.constants.items()},
         }
         return {"module": described, "export": self.to_json()}
-
-
-def _check_parts(module: nn.Module) -> None:
-    for name, part in module.named_modules():
-        if isinstance(part, Attention):
-            refuse_what_weights_do_not_say(part, name)
-    if any(p.is_meta for p in module.parameters()):
-        raise BadInputError("weights must be there, got a module on the meta device")
-    wrong = {
-        str(p.dtype).removeprefix("torch.")
-        for p in module.parameters()
-        if p.is_floating_point() and p.dtype not in _PRECISION
-    }
-    if wrong:
-        raise BadInputError(
-            f"weights must be one of {', '.join(DTYPES)}, got {', '.join(sorted(wrong))}"
-        )
 
 
 def _compute_dtype(call: Call) -> str:

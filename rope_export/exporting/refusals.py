@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import traceback
 
 import torch
 from torch import Tensor, fx
@@ -52,29 +52,22 @@ _OPERATORS = (
         "computes with quantised tensors of PyTorch, for which onnxruntime has other operators: "
         "export the float model, or keep int8 weights and scales in buffers and multiply them",
     ),
-    (
-        ("grouped_mm",),
-        "computes a mixture of experts by a grouped product, which ONNX does not have: call "
-        "model.set_experts_implementation('batched_mm') (of transformers), which gathers the "
-        "weights of every token's experts",
-    ),
 )
 _FLEX = (
-    "FlexAttention has no form in ONNX: use F.scaled_dot_product_attention, what mask_mod says as "
-    "its attn_mask and what score_mod adds as a float attn_mask, or rope_export.Attention, "
-    "which has windows, soft caps and sinks"
+    "FlexAttention has no form in ONNX: use F.scaled_dot_product_attention (of transformers: "
+    "attn_implementation='sdpa'), what mask_mod says as its attn_mask and what score_mod adds as a "
+    "float attn_mask, or rope_export.Attention, which has windows, soft caps and sinks"
 )
 
 
 def untraceable(error: BaseException) -> BadInputError:
     """Why a module cannot be traced, in one line."""
     where = blamed(error)
-    peers = _of_a_peer(error)
-    if peers is not None:
-        return BadInputError(f"{where} cannot be traced by torch.export: {peers}")
     if isinstance(error, GuardOnDataDependentSymNode):
         return BadInputError(f"{where} {_DATA_DEPENDENT}")
     said = str(error)
+    if "flex_attention" in "".join(traceback.format_tb(error.__traceback__)):
+        return BadInputError(f"{where}: {_FLEX}")
     for part, does in _SAID:
         if part in said:
             return BadInputError(f"{where} {does}")
@@ -148,23 +141,3 @@ def _node_of(error: BaseException) -> fx.Node | None:
         found = node if isinstance(node, fx.Node) else found
         step = step.tb_next
     return found
-
-
-def _of_a_peer(error: BaseException) -> str | None:
-    """What to do where code of another RoPE library is what fails."""
-    files = []
-    step = error.__traceback__
-    while step is not None:
-        files.append(Path(step.tb_frame.f_code.co_filename))
-        step = step.tb_next
-    if any("rotary_embedding_torch" in file.parts for file in files):
-        return (
-            "rotary-embedding-torch keeps tables that depend on earlier calls; call "
-            "rope_export.replace_rotary_embeddings(model), which gives the same numbers without"
-        )
-    if any(file.name == "modeling_rope_utils.py" for file in files):
-        return (
-            "its RoPE grows its frequencies with the length of each call; call "
-            "rope_export.replace_attention(model), which computes them in the graph"
-        )
-    return None

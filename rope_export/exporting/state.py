@@ -12,13 +12,15 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import get_innermost_proxy_mode, get_proxy_slot
 
 from rope_export.errors import BadInputError
 from rope_export.exporting.blame import line_of, running_line
 
 # They give something of the size of what they are given, not its numbers.
 _SIZES_ONLY = ("sym_size", "zeros_like", "ones_like", "full_like", "empty_like", "new_")
+_COPIES = ("to", "_to_copy", "clone", "contiguous", "detach", "alias", "lift_fresh")
 _SWITCHES = ("train", "training", "dropout_p", "dropout", "p")
 
 Assigned = dict[str, str]
@@ -39,7 +41,8 @@ def assignments_noted(module: nn.Module, until: str) -> Iterator[Assigned]:
 
     def noting(self: nn.Module, name: str, value: Any) -> None:
         path = paths.get(id(self))
-        line = None if path is None else running_line(until)
+        kept = path is None or _is_kept(vars(self).get(name), value)
+        line = None if kept else running_line(until)
         if line is not None:
             noted.setdefault(f"{path}{name}", line)
         assign(self, name, value)
@@ -145,11 +148,36 @@ class _Flow:
         if _writes(target):
             whole = name == "copy_" and first.op == "placeholder"
             source = node.args[1] if whole and len(node.args) > 1 else None
+            if isinstance(source, fx.Node) and _uncast(source) is first:  # its own numbers
+                self._storage[node] = held
+                return
             now = self.origins(source) if isinstance(source, fx.Node) else found
             self._content[held] = set(now)
             self.written.setdefault(held, line_of(node) or "the module")
         if _writes(target) or _views(target):
             self._storage[node] = held
+
+
+def _is_kept(before: Any, after: Any) -> bool:
+    """Whether what an attribute is assigned is what it was, on whatever device."""
+    if before is after:
+        return True
+    mode = get_innermost_proxy_mode()
+    if mode is None or not isinstance(after, Tensor):
+        return False
+    slot = get_proxy_slot(after, mode.tracer, None)
+    node = getattr(getattr(slot, "proxy", None), "node", None)
+    return isinstance(node, fx.Node) and _uncast(node).op != "call_function"
+
+
+def _uncast(node: fx.Node) -> fx.Node:
+    """What a node is a copy of, in whatever dtype and on whatever device."""
+    while isinstance(node.target, torch._ops.OpOverload):
+        name = node.target._schema.name.partition("::")[2]
+        if name not in _COPIES or not isinstance(node.args[0], fx.Node):
+            break
+        node = node.args[0]
+    return node
 
 
 def _writes(target: torch._ops.OpOverload) -> bool:

@@ -30,7 +30,15 @@ from rope_export.lowering.target import Target
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_LOGGERS = ("torch.onnx", "torch.export", "torch._export", "torch.fx", "torch._dynamo")
+_LOGGERS = (
+    "torch.onnx",
+    "torch.export",
+    "torch._export",
+    "torch.fx",
+    "torch._dynamo",
+    "onnx_ir",
+    "onnxscript",
+)
 
 
 class NarrowedError(ExportError):

@@ -13,6 +13,7 @@ from rope_export.attention.adapters import refuse_what_weights_do_not_say
 from rope_export.attention.block import Cache
 from rope_export.errors import BadInputError
 from rope_export.models.decoder_attention import CallCache, DecoderAttention, whole_rows
+from rope_export.models.experts import refuse_experts
 
 
 class DecoderWithCache(nn.Module):
@@ -105,7 +106,7 @@ class DecoderWithCache(nn.Module):
             ``past_key_values`` also those of ``P + S`` tokens.
         """
         if dispatch.lowering() is not None:
-            _refuse_experts(self.model)
+            refuse_experts(self.model)
         call = CallCache(past_key_values, attention_mask, position_ids)
         # What routers of experts give is for a loss, which would read the mask.
         routers = {"output_router_logits": False} if self._routes else {}
@@ -121,15 +122,3 @@ class DecoderWithCache(nn.Module):
         if past_key_values is None:
             return output
         return output, [call.present[index] for index in sorted(call.present)]
-
-
-def _refuse_experts(model: nn.Module) -> None:
-    """Of transformers' ways to compute a mixture of experts ONNX has one."""
-    for name, module in model.named_modules():
-        way = getattr(getattr(module, "config", None), "_experts_implementation", None)
-        if hasattr(module, "_is_expert_parallel") and way != "batched_mm":
-            raise BadInputError(
-                f"{name} computes its experts by {way!r}, for which ONNX has no operator: call "
-                "model.set_experts_implementation('batched_mm'), which gathers the weights of "
-                "every token's experts"
-            )

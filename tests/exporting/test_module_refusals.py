@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from typing import Any
 
 import modules
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,6 +71,65 @@ def adapted() -> nn.Module:
     return module
 
 
+def holding(tensor: Any, forward: Any = None, *, buffer: bool = True) -> nn.Module:
+    """A module with one tensor more."""
+    module = module_of(forward or (lambda self, x: self.linear(x) + self.held.to_dense()))
+    if buffer:
+        module.register_buffer("held", tensor)
+    else:
+        module.held = tensor
+    return module
+
+
+class Int8(Tensor):
+    """As libraries of quantised layers have them."""
+
+
+def quantised() -> nn.Module:
+    module = Served()
+    module.attention.o_proj.weight = nn.Parameter(
+        module.attention.o_proj.weight.detach().as_subclass(Int8)
+    )
+    return module
+
+
+def in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Linear(4, 4)
+
+
+class HybridCache:
+    """As transformers has them: no tensor, no tuple."""
+
+
+class Batch:
+    def __init__(self) -> None:
+        self.x = X
+
+
+def in_bfloat16(self: Any, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return self.linear(x).float()
+
+
+def nested(self: Any, x: Tensor) -> Tensor:
+    rows = torch.nested.nested_tensor([self.linear(x[0]), x[1]])
+    return torch.nested.to_padded_tensor(rows, 0.0)
+
+
+def differentiating(self: Any, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.linear(x).pow(2).sum(), x)[0]
+
+
+def flexible(self: Any, x: Tensor) -> Tensor:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    y = self.linear(x)[:, None]
+    return flex_attention(y, y, y, score_mod=lambda score, *_: score.abs())
+
+
 def exporting(forward: Any = linear, *args: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A module, and what `export` is given beside it."""
     module = forward if isinstance(forward, nn.Module) else module_of(forward)
@@ -123,6 +185,12 @@ REFUSED = {
     "double precision": (exporting(linear, X.double()), "x must be one of .* got float64"),
     "sparse": (exporting(linear, torch.eye(4).to_sparse()), "got float32 sparse_coo"),
     "an array": (exporting(linear, X.numpy()), "a tensor, a number, a text or None, got ndarray"),
+    "a cache of transformers": (
+        exporting(plus, X, HybridCache()),
+        r"y must be .* got HybridCache \(a cache.*use_cache=False.*DecoderWithCache\(model\)",
+    ),
+    "an object": (exporting(plus, X, Batch()), "got Batch: use its tensors themselves"),
+    "a number of NumPy": (exporting(plus, X, np.float32(2)), r"got float32: use 2\.0"),
     "what the module refuses": (
         exporting(linear, drawn(3, 5)),
         LINE + "return self.linear.* raises RuntimeError at the example inputs",
@@ -133,6 +201,10 @@ REFUSED = {
     "a number returned": (exporting(lambda _, x: (x, 3)), "output_1 must be .* got int 3"),
     "a text returned": (exporting(lambda _, x: {"a": x, "b": "c"}), "got str 'c'"),
     "a set returned": (exporting(lambda *_: {"a": {1}}), "got set: a graph"),
+    "a cache of transformers returned": (
+        exporting(lambda _, x: {"x_": x, "past_key_values": HybridCache()}),
+        r"past_key_values must be a tensor, got HybridCache .*use_cache=False.*DecoderWithCache",
+    ),
     "complex returned": (exporting(lambda _, x: torch.fft.fft(x)), "got complex64"),
     "double returned": (exporting(lambda _, x: x.double()), "output must .* got float64"),
     "the name of an input": (exporting(lambda _, x: {"x": x * 2}), "name of an input"),
@@ -159,11 +231,41 @@ REFUSED = {
         exporting(Raising(), dynamic_shapes={"x": AXES}),
         LINE + r"assert .* raises AssertionError at b 1, s 1: two at least",
     ),
+    "leaving": (exporting(lambda *_: exit(3)), "raises SystemExit at the example inputs: 3"),
+    "bfloat16 inside": (exporting(in_bfloat16), r"linear\(x\)\.float\(\)` computes in bfloat16"),
+    "cast to bfloat16": (
+        exporting(lambda self, x: (self.linear(x).bfloat16() * 2).float()),
+        LINE + ".*computes in bfloat16",
+    ),
+    "nested tensors": (exporting(nested), LINE + "rows = torch.nested.* uses nested tensors"),
+    "gradients": (exporting(differentiating), "computes gradients"),
+    "FlexAttention": (exporting(flexible), "return flex_attention.*`: FlexAttention has no form"),
+    "fake quantisation": (
+        exporting(
+            lambda _, x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127),
+            dynamic_shapes={"x": AXES},
+        ),
+        "computes with quantised tensors of PyTorch",
+    ),
     "no finite numbers": (exporting(lambda _, x: torch.log(x - 1e9)), "finite numbers"),
     # its parts
     "hooks": (exporting(hooked(), *MASKED), "attention.q_proj must have no forward hooks"),
     "adapters": (exporting(adapted(), *MASKED), "attention.q_proj must be a plain nn.Linear"),
     "double weights": (exporting(nn.Linear(4, 4).double(), X), "weights must .* got float64"),
+    "weights of a subclass": (
+        exporting(quantised(), *MASKED),
+        r"attention\.o_proj\.weight must be a plain tensor, got a Int8 of ",
+    ),
+    "sparse buffers": (exporting(holding(torch.eye(4).to_sparse())), "held must be dense, got"),
+    "buffers without numbers": (
+        exporting(holding(torch.ones(4, device="meta"))),
+        "held must hold numbers, got a tensor on the meta device",
+    ),
+    "attributes without numbers": (
+        exporting(holding(torch.ones(4, device="meta"), buffer=False)),
+        "held must hold numbers",
+    ),
+    "weights of inference mode": (exporting(in_inference_mode(), X), "weight was made under"),
     "weights without numbers": (exporting(nn.Linear(4, 4, device="meta"), X), "meta device"),
     "bfloat16 on the CPU": (exporting(nn.Linear(4, 4).bfloat16(), X.bfloat16()), "bfloat16"),
     "a class": (({"module": nn.Linear}, {"args": (X,)}), "torch.nn.Module, got type"),
@@ -218,3 +320,33 @@ def test_what_is_refused_leaves_the_artifact_that_was_there(tmp_path):
 def test_a_tensor_for_arguments_is_refused(tmp_path):
     with pytest.raises(BadInputError, match="tuple of example inputs, got Tensor"):
         export(module_of(linear), tmp_path / "x", args=X)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("scripted", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
+def test_torchscript_is_refused_by_name(tmp_path, scripted):
+    for module, name in (
+        (scripted(nn.Linear(4, 4)), "module"),
+        (nn.Sequential(nn.ReLU(), scripted(nn.Linear(4, 4))), "1"),
+    ):
+        with pytest.raises(BadInputError, match=f"^{name} must be a module in Python"):
+            export(module, tmp_path / "x", args=(X,))
+
+
+def warning(self: Any, x: Tensor) -> Tensor:
+    warnings.warn("of the module's own", stacklevel=1)
+    logging.getLogger("torch.fx").warning("of PyTorch's own")
+    return self.linear(x)
+
+
+@pytest.mark.parametrize("forward", [warning, linear])
+def test_what_succeeds_warns_of_nothing_and_logs_nothing(tmp_path, forward, capfd, caplog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        export(
+            module_of(forward), tmp_path / "x", args=(X,), dynamic_shapes={"x": AXES}, validate=True
+        )
+    out, err = capfd.readouterr()
+    assert not out
+    assert not err
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
