@@ -16,7 +16,7 @@ from onnxscript import optimizer, rewriter
 from rope_export.artifacts.files import MODEL, WEIGHTS, sha256
 from rope_export.artifacts.version import __version__
 from rope_export.errors import ExportError
-from rope_export.lowering import gqa_calls
+from rope_export.lowering import booleans, gqa_calls
 
 # Larger weights go into a file of their own; protobuf itself ends at 2 GiB.
 _EXTERNAL_BYTES = 128 * 2**20
@@ -81,6 +81,7 @@ def _optimize(model: ir.Model, learned: Collection[str]) -> None:
             output_size_limit=_NO_LIMIT,
         )
         rewriter.rewrite(model)
+        booleans.expand(model)  # the fold after it infers the shapes of what it writes
     common_passes.RemoveUnusedNodesPass()(model)
     common_passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common_passes.LiftSubgraphInitializersToMainGraphPass()(model)

@@ -16,7 +16,16 @@ from rope_export.attention.block import Attention, Cache
 from rope_export.attention.tokens import Tokens
 from rope_export.attention.visibility import token_order
 from rope_export.errors import BadInputError
-from rope_export.lowering import new_tokens, onnx, ops, ort, primitive, rules, scaled_dot_product
+from rope_export.lowering import (
+    new_tokens,
+    onnx,
+    ops,
+    ort,
+    primitive,
+    rules,
+    scaled_dot_product,
+    translations,
+)
 from rope_export.lowering.choice import Choice, choose
 from rope_export.rope.pairs import Layout
 from rope_export.rope.rotation import rotate_sequence
@@ -135,4 +144,7 @@ class Target:
         """PyTorch's operators that are written in ONNX otherwise than PyTorch does it."""
         fused = self.name != "primitive"
         attend = scaled_dot_product.translation(fused=fused, widened="cpu" in self.providers)
-        return {torch.ops.aten.scaled_dot_product_attention.default: attend}
+        return {
+            torch.ops.aten.scaled_dot_product_attention.default: attend,
+            **translations.lacking(),
+        }
