@@ -35,6 +35,15 @@ FACTORY is a function without arguments that returns the module and example inpu
   def factory():
       model = LanguageModel(); model.load_state_dict(torch.load("model.pt"))
       return model, {"input_ids": torch.randint(0, 50, (2, 16))}
+Inputs are a mapping by name or a tuple; dynamic shapes, as of export, may follow. Or it returns a
+mapping, whose keys are the arguments of rope_export.export:
+  module          what is exported; the only one that must be there, with args or kwargs
+  args, kwargs    example inputs, positional and by name
+  dynamic_shapes  which axes vary, such as {"input_ids": {0: "batch", 1: "sequence"}}
+  inputs          draws inputs of the proof: called with a dict of label sizes, {"batch": 2,
+                  "sequence": 7}, and a numpy.random.Generator; returns a dict of arrays or tensors
+                  by argument; those it leaves out are drawn from the examples
+  output_names    of the outputs that are no cache, in order
 Examples:
   rope-export module train.py:factory --dynamic input_ids:0=batch --dynamic input_ids:1=sequence
   rope-export module models.lm:factory --range sequence=1:4096 --target onnx --json"""

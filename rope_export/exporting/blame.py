@@ -29,7 +29,8 @@ def blamed(error: BaseException) -> str:
 
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 @contextmanager

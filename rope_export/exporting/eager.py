@@ -64,7 +64,8 @@ def run_eagerly(
         torch.no_grad(),
         torch.compiler.set_stance("force_eager"),
     ):
-        results = flat(*tensors)
+        # Copies: a module may write into what it is given.
+        results = flat(*(tensor.clone() for tensor in tensors))
     for leaf, result in zip(flat.outputs, results, strict=True):
         check_dtype(leaf.name, result)
     return flat.outputs, list(results)

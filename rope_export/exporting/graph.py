@@ -137,15 +137,21 @@ def _name_interface(
             raise ExportError(f"the graph has {len(values)} inputs or outputs, not {len(wanted)}")
         for value, (name, axes) in zip(values, wanted.items(), strict=True):
             got = list(value.shape) if value.shape is not None else []
+            # Of an output the converter may know more: arithmetic that always comes to one number.
+            known = values is model.graph.outputs
             fits = len(got) == len(axes) and all(
-                isinstance(axis, str) != isinstance(size, int)
-                and (isinstance(axis, str) or axis == size)
+                (known or not isinstance(size, int)) if isinstance(axis, str) else axis == size
                 for size, axis in zip(got, axes, strict=True)
             )
             if not fits:
                 raise ExportError(f"{name} came out as {got}, asked for {list(axes)}")
             value.name = name
-            value.shape = ir.Shape(axes)
+            value.shape = ir.Shape(
+                [
+                    size if isinstance(size, int) else axis
+                    for size, axis in zip(got, axes, strict=True)
+                ]
+            )
 
 
 def _name_inside(model: ir.Model, sources: Mapping[str, str], prefix: str) -> None:

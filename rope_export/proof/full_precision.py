@@ -207,9 +207,9 @@ def _buffers_put_back(module: nn.Module) -> Iterator[None]:
 
 
 def widened(tensor: Tensor) -> Tensor:
-    """An input in float64 that answers to its own dtype."""
+    """A copy of an input, in float64, that answers to its own dtype."""
     if not tensor.is_floating_point():
-        return tensor
+        return tensor.clone()
     return stated_dtypes.remember(tensor.double(), tensor.dtype)
 
 

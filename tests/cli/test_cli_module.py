@@ -395,6 +395,17 @@ def test_a_defect_is_exit_1(folder, run_here):
     assert report["passed"] is False
 
 
+def test_help_names_every_key_that_a_factory_may_return():
+    result = subprocess.run(
+        [*COMMAND, "module", "--help"], capture_output=True, text=True, check=True
+    )
+    lines = [line.strip() for line in result.stdout.splitlines()]
+    explained = [line.partition("  ")[0].split(", ") for line in lines if "  " in line]
+    keys = {key for found in explained for key in found}
+    assert {"module", "args", "kwargs", "dynamic_shapes", "inputs", "output_names"} <= keys
+    assert "numpy.random.Generator" in result.stdout
+
+
 def test_help_needs_no_torch(folder):
     check = "import sys; from rope_export._cli.main import main\n"
     check += "try: main(['module', '--help'])\n"

@@ -204,3 +204,23 @@ def test_what_could_draw_and_does_not_is_exported(tmp_path, forward):
         module_of(forward), tmp_path / "x", args=(X,), dynamic_shapes={"x": AXES}, validate=True
     )
     assert result.report.passed
+
+
+class Overwriting(modules.Given):
+    def forward(self, x: Tensor) -> Tensor:
+        x += 1
+        x[:, 0] = 0
+        return self.linear(x)
+
+
+def test_inputs_that_a_module_writes_into_stay_the_callers(tmp_path):
+    module, x = Overwriting(), X.clone()
+    result = export(module, tmp_path / "x", args=(x,), dynamic_shapes={"x": AXES}, validate=True)
+    assert result.report.passed
+    assert torch.equal(x, X)
+    session = onnxruntime.InferenceSession(result.model, providers=["CPUExecutionProvider"])
+    given = modules.drawn(2, 9, 4, seed=5).numpy()
+    written = given + 1
+    written[:, 0] = 0
+    (output,) = session.run(None, {"x": given})
+    np.testing.assert_allclose(output, linear64(module, written), rtol=1e-5, atol=1e-5)
