@@ -22,6 +22,7 @@ from torch.fx.proxy import TracerBase
 from rope_export.artifacts.targets import OPSETS
 from rope_export.dispatch import lowering_to
 from rope_export.errors import ExportError, RopeExportError
+from rope_export.exporting.complex_numbers import as_pairs_of_real
 from rope_export.exporting.guards import fixed_by, written_down
 from rope_export.exporting.refusals import refuse_bfloat16, unconvertible, untraceable
 from rope_export.exporting.state import assignments_noted, refuse_state
@@ -115,6 +116,7 @@ def convert(program: torch.export.ExportedProgram, target: Target) -> ir.Model:
         BadInputError: an operator has no ONNX form; the message has the line that uses it.
     """
     with quiet_torch(), torch.no_grad():
+        program = as_pairs_of_real(program)
         try:
             converted = torch.onnx.export(
                 program,
