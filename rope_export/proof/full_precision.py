@@ -58,7 +58,7 @@ def exactly(
     module: nn.Module,
     alter: Callable[[Semantics], Semantics] | None = None,
     *,
-    mirrored: bool = False,
+    mirrored: str | None = None,
     kept: Kept | None = None,
 ) -> Iterator[None]:
     """Evaluate a module in float64 while the context lasts.
@@ -66,7 +66,8 @@ def exactly(
     Args:
         module: what is evaluated; it is as it was afterwards.
         alter: states a defect of every attention: what it does to its semantics.
-        mirrored: states one of every rotation on its own: the wrong direction.
+        mirrored: states one of every rotation on its own, the wrong direction: in the ``"angles"``
+            that a module asks for, or in the ``"rotation"`` by what it has.
         kept: holds widened weights from one evaluation to the next; empty at first. None: weights
             are widened where they are used and dropped again.
     """
@@ -226,14 +227,14 @@ class Evaluator:
 
     Args:
         alter: what is done to the semantics of every attention.
-        mirrored: whether rotations on their own turn the other way.
+        mirrored: where rotations on their own turn the other way, as of `exactly`.
     """
 
     def __init__(
         self,
         alter: Callable[[Semantics], Semantics] | None = None,
         *,
-        mirrored: bool = False,
+        mirrored: str | None = None,
     ) -> None:
         self._alter = alter
         self._mirrored = mirrored
@@ -299,7 +300,7 @@ class Evaluator:
             flat = exact_angles(position_ids.flatten(), found, longest)
             angles = flat.unflatten(0, position_ids.shape)
         factor = found.attention_factor
-        sign = -1.0 if self._mirrored else 1.0
+        sign = -1.0 if self._mirrored == "angles" else 1.0
         turns = angles.cos() * factor, angles.sin() * (sign * factor)
         for tensor in turns:
             stated_dtypes.remember(tensor, torch.float32)
@@ -307,6 +308,7 @@ class Evaluator:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, *, layout: str, seq_dim: int) -> Tensor:
         """Rotate heads, as `rotation.rotate_sequence` has it, in float64."""
-        turn = torch.complex(cos.double(), sin.double())
+        sign = -1.0 if self._mirrored == "rotation" else 1.0
+        turn = torch.complex(cos.double(), sign * sin.double())
         turned = turn_pairs(x.double(), over_heads(turn, x.ndim, seq_dim), layout)
         return stated_dtypes.remember(turned, x.dtype)

@@ -162,7 +162,7 @@ class ModuleCases:
         tensors: Sequence[Tensor],
         alter: Callable[[Semantics], Semantics] | None = None,
         *,
-        mirrored: bool = False,
+        mirrored: str | None = None,
         where: str = "the sizes of a proof",
     ) -> dict[str, Array]:
         request = self._request
@@ -432,7 +432,11 @@ class ModuleCases:
 
             found[defect] = change(self._exact(tensors, alter))
         if not names and any(isinstance(m, RotaryEmbedding) for m in module.modules()):
-            found["sine negated"] = change(self._exact(tensors, mirrored=True))
+            mirrored = [
+                change(self._exact(tensors, mirrored=where)) for where in ("angles", "rotation")
+            ]
+            if any(mirrored):  # else the module turns by angles of its own
+                found["sine negated"] = max(mirrored)
         return found
 
     def _blind_spots(self, trials: Sequence[Trial]) -> list[str]:

@@ -318,7 +318,7 @@ def test_angles_are_exact_at_positions_up_to_a_million(layout, longest):
 def test_a_mirrored_rotation_turns_the_other_way():
     module = Rotating(layout="half")
     wanted = [turned_by(x, -of_positions(FAR)[:, None], "half") for x in (Q, K)]
-    same(evaluated(module, Q, K, FAR, mirrored=True), wanted)
+    same(evaluated(module, Q, K, FAR, mirrored="angles"), wanted)
 
 
 def test_learned_frequencies():
