@@ -62,8 +62,9 @@ def export(
     """Export a module to ONNX, with test vectors, as one folder that appears whole.
 
     Any module is exported from example inputs. Each `Attention` and `RotaryEmbedding` inside it
-    lowers to the operators of the target, everything else as ``torch.onnx.export`` does it. An
-    `Attention` given without examples is exported as a block, whose inputs are known.
+    lowers to the operators of the target, ``flex_attention`` is written out, everything else is as
+    ``torch.onnx.export`` does it. An `Attention` given without examples is exported as a block,
+    whose inputs are known.
 
     Graph inputs are named after the arguments, nested ones as ``state.0``. Lists of (key, value)
     pairs, however named, are ``past_key_values.N.key`` and ``past_key_values.N.value``, and in

@@ -23,6 +23,7 @@ from rope_export.artifacts.targets import OPSETS
 from rope_export.dispatch import lowering_to
 from rope_export.errors import ExportError, RopeExportError
 from rope_export.exporting.complex_numbers import as_pairs_of_real
+from rope_export.exporting.flex import flex_written_out, forget_tables
 from rope_export.exporting.guards import fixed_by, written_down
 from rope_export.exporting.refusals import refuse_bfloat16, unconvertible, untraceable
 from rope_export.exporting.state import assignments_noted, refuse_state
@@ -90,6 +91,7 @@ def trace(
         written_down(__file__) as traces,
         assignments_noted(module, __file__) as assigned,
         _whole_stacks(),
+        flex_written_out(),
     ):
         try:
             program = torch.export.export(
@@ -103,6 +105,7 @@ def trace(
             raise _narrowed(error, traces) from error
         except (Exception, SystemExit) as error:
             raise untraceable(error) from error
+    forget_tables(program)
     refuse_state(program, assigned, prefix=prefix)
     if "cpu" in target.providers:
         refuse_bfloat16(program)

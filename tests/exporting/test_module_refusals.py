@@ -123,13 +123,6 @@ def differentiating(self: Any, x: Tensor) -> Tensor:
         return torch.autograd.grad(self.linear(x).pow(2).sum(), x)[0]
 
 
-def flexible(self: Any, x: Tensor) -> Tensor:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    y = self.linear(x)[:, None]
-    return flex_attention(y, y, y, score_mod=lambda score, *_: score.abs())
-
-
 def exporting(forward: Any = linear, *args: Any, **options: Any) -> tuple[Any, dict[str, Any]]:
     """A module, and what `export` is given beside it."""
     module = forward if isinstance(forward, nn.Module) else module_of(forward)
@@ -239,7 +232,6 @@ REFUSED = {
     ),
     "nested tensors": (exporting(nested), LINE + "rows = torch.nested.* uses nested tensors"),
     "gradients": (exporting(differentiating), "computes gradients"),
-    "FlexAttention": (exporting(flexible), "return flex_attention.*`: FlexAttention has no form"),
     "fake quantisation": (
         exporting(
             lambda _, x: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -128, 127),
