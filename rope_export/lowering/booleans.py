@@ -36,7 +36,7 @@ def expand(model: ir.Model) -> None:
         graph = node.graph
         assert graph is not None
         graph.insert_before(node, tape.nodes)
-        ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
         new.name = old.name
         graph.remove(node, safe=True)
 
