@@ -103,20 +103,13 @@ class ModuleRequest:
         Raises:
             BadInputError: an argument is not acceptable.
         """
-        if not isinstance(module, nn.Module):
-            raise BadInputError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+        module = _checked(module, inputs)
         chosen = checked_providers(target, providers)
         if padding not in PADDINGS:
             raise BadInputError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
-        check_parts(module)
         call = Call(module, args, kwargs)
         axes = axes_asked(call, {} if dynamic_shapes is None else dynamic_shapes)
         longest, why = _longest(module, axes, max_seq_len)
-        if inputs is not None and not callable(inputs):
-            raise BadInputError(
-                f"inputs must be a function that draws inputs, got {type(inputs).__name__}"
-            )
         if output_names is not None:
             _check_names(output_names)
         request = cls(
@@ -165,9 +158,10 @@ class ModuleRequest:
         """Read a request back from ``config.json``, for a module and example as they were then.
 
         Raises:
-            BadInputError: the example's tensors are others.
+            BadInputError: the example's tensors are others, or the module is none that a graph can
+                be made of.
         """
-        module = getattr(module, "_orig_mod", module)
+        module = _checked(module, inputs)
         call = Call(module, args, kwargs)
         by_name = content["axes"]
         if list(by_name) != call.names:
@@ -252,6 +246,19 @@ class ModuleRequest:
             "constants": {name: str(value) for name, value in call.constants.items()},
         }
         return {"module": described, "export": self.to_json()}
+
+
+def _checked(module: Any, inputs: Any) -> nn.Module:
+    """The module itself, out of what torch.compile wraps it in."""
+    if not isinstance(module, nn.Module):
+        raise BadInputError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    inner: nn.Module = getattr(module, "_orig_mod", module)
+    if inputs is not None and not callable(inputs):
+        raise BadInputError(
+            f"inputs must be a function that draws inputs, got {type(inputs).__name__}"
+        )
+    check_parts(inner)
+    return inner
 
 
 def _compute_dtype(call: Call) -> str:

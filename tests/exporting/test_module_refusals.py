@@ -24,7 +24,7 @@ from modules import (
 from torch import Tensor, nn
 from torch.export import Dim
 
-from rope_export import BadInputError, export
+from rope_export import BadInputError, export, validate
 
 # --- what is refused -----------------------------------------------------------------------
 
@@ -342,3 +342,15 @@ def test_what_succeeds_warns_of_nothing_and_logs_nothing(tmp_path, forward, capf
     assert not out
     assert not err
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+def test_what_validate_is_given_is_refused_as_by_export(tmp_path):
+    result = export(module_of(linear), tmp_path / "x", args=(X,))
+    for given, options, says in (
+        (None, {}, "module must be a torch.nn.Module, got NoneType"),
+        (nn.Linear, {}, "module must be a torch.nn.Module, got type"),
+        (holding(torch.ones(4, device="meta")), {}, "held must hold numbers"),
+        (module_of(linear), {"inputs": 3}, "inputs must be a function that draws inputs, got int"),
+    ):
+        with pytest.raises(BadInputError, match=says):
+            validate(result, given, args=(X,), **options)
