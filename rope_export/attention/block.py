@@ -391,7 +391,8 @@ class Attention(nn.Module):
             k: ``[B, num_kv_heads, T, head_dim]``.
             v: ``[B, num_kv_heads, T, value_head_dim]``.
             is_causal: whether key ``j`` is hidden from query ``i < j``.
-            visible: which keys each query sees, bool ``[S, T]`` or ``[B, S, T]``.
+            visible: which keys each query sees, bool ``[S, T]`` or ``[B, S, T]``; or numbers of
+                that shape and the dtype of ``q``, which are added to the scores.
         """
         if self.softcap is not None or self.sinks is not None:
             if is_causal:

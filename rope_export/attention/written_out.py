@@ -27,7 +27,8 @@ def attend_explicitly(
         k: ``[B, G, T, D]``, ``G`` a divisor of ``H``.
         v: ``[B, G, T, E]``.
         scale: factor on the products.
-        visible: which keys each query sees, bool ``[S, T]`` or ``[B, S, T]``; None: all.
+        visible: which keys each query sees, bool ``[S, T]`` or ``[B, S, T]``; or numbers that are
+            added to the (capped) scores; None: all.
         softcap: scores ``s`` become ``softcap * tanh(s / softcap)`` before masking (Gemma 2).
         sinks: a score of each head that takes part in the softmax and adds nothing, ``[H]``
             (gpt-oss); it is not capped.
@@ -50,10 +51,12 @@ def attend_explicitly(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if visible is not None:
-        hidden = ~visible
-        hidden = hidden.unsqueeze(0) if hidden.ndim == 2 else hidden
-        hidden = hidden.repeat(1, groups, 1).unsqueeze(1)
-        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
+        visible = visible.unsqueeze(0) if visible.ndim == 2 else visible
+        visible = visible.repeat(1, groups, 1).unsqueeze(1)
+        if visible.dtype == torch.bool:
+            scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+        else:
+            scores = scores + visible
     if sinks is not None:
         of_head = sinks.float().reshape(1, kv_heads, groups, 1, 1)
         of_row = of_head.expand(q.shape[0], kv_heads, groups, length, 1).flatten(2, 3)

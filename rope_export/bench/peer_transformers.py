@@ -49,9 +49,8 @@ def llama_attention(shape: dict[str, Any], weights: dict[str, torch.Tensor]) -> 
             if cache is not None:
                 places = places + cache.get_seq_length()
             angles = self.rotary_emb(hidden_states, places[None])
-            output, _ = self.self_attn(
-                hidden_states, angles, attention_mask=None, past_key_values=cache
-            )
+            # By place: releases differ in what they call the cache.
+            output, _ = self.self_attn(hidden_states, angles, None, cache)
             result: torch.Tensor = output
             return result
 

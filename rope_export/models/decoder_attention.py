@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from rope_export.attention.block import Attention, Cache
 from rope_export.attention.visibility import visible_keys
 from rope_export.errors import BadInputError
+from rope_export.models.keywords import cache_of, refuse_unknown, transformers_version
+from rope_export.models.own_config import TAKEN
 from rope_export.pretrained.families import FAMILIES
 from rope_export.pretrained.layer import Layer
 from rope_export.pretrained.weights import Piece, pieces, unmade
-
-# What transformers calls this attention, so that it makes the masks that `DecoderAttention` takes.
-IMPLEMENTATION = "rope_export"
 
 
 class DecoderAttention(Attention):
@@ -51,41 +50,43 @@ class DecoderAttention(Attention):
             setattr(self.get_submodule(owner), leaf, _parameter(piece, found))
         self.train(theirs.training)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        register_masks()
-
     def forward(  # type: ignore[override]
         self,
         hidden_states: Tensor,
         position_embeddings: object = None,
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        cache: Any = None,
         *,
-        layer_past: Any = None,
         position_ids: Tensor | None = None,
-        **_: object,
+        cache_position: Tensor | None = None,
+        **others: Any,
     ) -> tuple[Tensor, None]:
         """Attend as transformers' module would.
 
         Args:
             hidden_states: ``[B, S, hidden_size]``, the new tokens.
             position_embeddings: positions of the new tokens, from `Positions`.
-            attention_mask: which keys each query sees, bool ``[B, 1, S, T]`` as transformers makes
-                it for PyTorch's own attention; None for all keys up to a query's own. One of no
-                columns says that the rows are whole sequences from position 0.
-            past_key_values: a cache of transformers, read and written, or a `CallCache`.
-            layer_past: the same, as some families call it.
+            attention_mask: which keys each query sees, as transformers makes it for PyTorch's own
+                attention or for its own: ``[B or 1, 1, S, T]``, bool, or numbers that are added to
+                the scores; None for all keys up to a query's own. One of no columns says that the
+                rows are whole sequences from position 0.
+            cache: of transformers, read and written, or a `CallCache`. Also by its other names,
+                ``past_key_values`` and ``layer_past``.
             position_ids: positions where there are no ``position_embeddings``.
+            cache_position: where in a cache of fixed length the new tokens go (up to 5.3).
+            **others: what transformers hands on without effect on attention, and None.
 
         Returns:
             ``[B, S, hidden_size]``, and None in the place of the weights of attention.
 
         Raises:
-            BadInputError: the mask is none that transformers makes for this attention, or scores
-                would be dropped out in training.
+            BadInputError: the mask is none that transformers makes for those attentions, an
+                argument is unknown or asks for what is not done here, or scores would be dropped
+                out in training.
         """
-        cache = layer_past if past_key_values is None else past_key_values
+        refuse_unknown(others)
+        if cache is None:
+            cache = cache_of(others)
         if isinstance(cache, CallCache):
             return cache.attend(self, hidden_states), None
         if self.training and self.scores_dropout:
@@ -93,13 +94,23 @@ class DecoderAttention(Attention):
                 f"attention_dropout must be 0 in training, got {self.scores_dropout}: set it to 0 "
                 "in the model's config before its attention is replaced"
             )
+        config: Any = self.config
+        way = config._attn_implementation
+        if way not in TAKEN:
+            raise BadInputError(
+                f"config._attn_implementation must be {' or '.join(map(repr, TAKEN))} after "
+                f"replace_attention, whose masks it takes, got {way!r}: call "
+                f"model.set_attn_implementation({TAKEN[0]!r})"
+            )
         positions = position_embeddings if isinstance(position_embeddings, Tensor) else position_ids
         q, k, v = self.heads(hidden_states, position_ids=positions)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+            # Later releases count for themselves, and do not hand the positions on.
+            places = () if cache_position is None else ({"cache_position": cache_position},)
+            k, v = cache.update(k, v, self.layer_idx, *places)
         visible = None
         if attention_mask is not None and attention_mask.shape[-1]:
-            visible = _seen(attention_mask)
+            visible = _seen(attention_mask, q)
         elif attention_mask is not None and self.window is not None:
             order = torch.arange(q.shape[2], device=q.device)
             visible = visible_keys(order, order, causal=True, window=self.window)
@@ -181,28 +192,39 @@ class CallCache:
         del layer_idx
         return 0
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # asked for by Python itself
+            raise AttributeError(name)
+        raise _UnknownOfCacheError(
+            f"transformers {transformers_version()} asks this model's cache for {name!r}: it keeps "
+            "more than keys and values, or reads them outside attention, which DecoderWithCache "
+            "has no place for"
+        )
+
+
+class _UnknownOfCacheError(BadInputError, AttributeError):
+    """For those who only ask whether there is such an attribute, that there is none."""
+
 
 def whole_rows(tokens: Tensor) -> Tensor:
     """A mask of no columns; transformers hands masks of four axes to the layers as they are."""
     return tokens.new_empty((1, 1, 0, 0), dtype=torch.bool)
 
 
-def register_masks() -> None:
-    """Let transformers make bool masks for `IMPLEMENTATION`."""
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
-
-
-def _seen(attention_mask: Tensor) -> Tensor:
-    """``[B, S, T]`` of a mask that transformers made."""
+def _seen(attention_mask: Tensor, q: Tensor) -> Tensor:
+    """``[B, S, T]`` of a mask that transformers made, for queries ``q``."""
     shape = tuple(attention_mask.shape)
-    if len(shape) != 4 or shape[1] != 1 or attention_mask.dtype != torch.bool:
+    added = attention_mask.is_floating_point()
+    if len(shape) != 4 or shape[1] != 1 or not (added or attention_mask.dtype == torch.bool):
         raise BadInputError(
-            f"the mask of an attention must be [B, 1, S, T] of bool, as transformers makes it with "
-            f"config._attn_implementation {IMPLEMENTATION!r}, got {shape} of {attention_mask.dtype}"
+            "the mask of an attention must be [B, 1, S, T] of bool or numbers to add, as "
+            f"transformers makes it, got {shape} of {attention_mask.dtype}"
         )
-    return attention_mask[:, 0]
+    mask = attention_mask[:, 0]
+    if added and mask.dtype != q.dtype:
+        # The lowest number of a wider type would be no number, and a row of them no weights.
+        mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)
+    return mask
 
 
 def _parameter(piece: Piece, found: list[nn.Parameter]) -> nn.Parameter:

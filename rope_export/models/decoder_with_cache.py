@@ -14,6 +14,7 @@ from rope_export.attention.block import Cache
 from rope_export.errors import BadInputError
 from rope_export.models.decoder_attention import CallCache, DecoderAttention, whole_rows
 from rope_export.models.experts import refuse_experts
+from rope_export.models.keywords import cache_keyword
 
 
 class DecoderWithCache(nn.Module):
@@ -40,6 +41,7 @@ class DecoderWithCache(nn.Module):
         for name, module in model.named_modules():
             if isinstance(module, DecoderAttention):
                 refuse_what_weights_do_not_say(module, name)
+        self._cache = cache_keyword(model)
         self._routes = getattr(model.config, "output_router_logits", False)
 
     @property
@@ -108,15 +110,15 @@ class DecoderWithCache(nn.Module):
         if dispatch.lowering() is not None:
             refuse_experts(self.model)
         call = CallCache(past_key_values, attention_mask, position_ids)
-        # What routers of experts give is for a loss, which would read the mask.
-        routers = {"output_router_logits": False} if self._routes else {}
+        given: dict[str, Any] = {self._cache: call}
+        if self._routes:  # what routers of experts give is for a loss, which would read the mask
+            given["output_router_logits"] = False
         result = self.model(
             input_ids=input_ids,
             attention_mask=whole_rows(input_ids),
-            past_key_values=call,
             use_cache=True,
             return_dict=True,
-            **routers,
+            **given,
         )
         output: Tensor = result["logits"] if "logits" in result else result["last_hidden_state"]
         if past_key_values is None:

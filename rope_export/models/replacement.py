@@ -11,12 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rope_export.errors import BadInputError
-from rope_export.models.decoder_attention import (
-    IMPLEMENTATION,
-    DecoderAttention,
-    register_masks,
-    whole_rows,
-)
+from rope_export.models.decoder_attention import DecoderAttention, whole_rows
+from rope_export.models.keywords import cache_of
+from rope_export.models.own_config import give_own_config
 from rope_export.pretrained.families import FAMILIES
 from rope_export.pretrained.geometry import family_of, layers_of
 from rope_export.pretrained.layer import Layer
@@ -36,7 +33,9 @@ def replace_attention(
     """Make every layer of a transformers decoder use `Attention`, in place.
 
     What the model computes stays what it was: masks (windows, padding, several sequences in a
-    row), caches and ``generate`` are transformers' own. The state dict has the same names and
+    row), caches and ``generate`` are transformers' own. Its config becomes a copy, in which
+    attention is ``"sdpa"`` (``"eager"`` where the model has no other); the object it was made
+    from, and other models made from that, stay as they are. The state dict has the same names and
     tensors. Parameters stay the same objects, so that an optimizer made before keeps training
     them; only where queries, keys and values are one product (Phi-3, GPT-NeoX, Falcon), norms are
     one for each head (StableLM) or heads come from latents (DeepSeek) they become parameters of
@@ -91,8 +90,7 @@ def replace_attention(
         decoder.rotary_emb = Positions()
     names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
     decoder.register_forward_pre_hook(_SayWholeRows(names), with_kwargs=True)
-    register_masks()
-    decoder.config._attn_implementation = IMPLEMENTATION
+    give_own_config(model, decoder)
     return list(made)
 
 
@@ -123,10 +121,8 @@ class _SayWholeRows:
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        if any(
-            given.get(name) is not None
-            for name in ("attention_mask", "position_ids", "past_key_values")
-        ):
+        told = (given.get("attention_mask"), given.get("position_ids"), cache_of(given))
+        if any(one is not None for one in told):
             return None
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens
@@ -143,7 +139,14 @@ def _decoder_of(model: nn.Module) -> Any:
         raise BadInputError(f"{type(model).__name__} is compiled: replace attention before that")
     if "transformers.PreTrainedModel" not in kinds:
         raise BadInputError(f"model must be a model of transformers, got {type(model).__name__}")
-    return cast(Any, model).get_decoder()
+    from transformers import PreTrainedModel
+
+    known = cast(Any, model)
+    # Where a head is called "decoder", that is what they take for one.
+    for found in (known.get_decoder(), known.base_model):
+        if isinstance(found, PreTrainedModel):
+            return found
+    return known
 
 
 def _check(path: str, theirs: nn.Module, geometry: Layer) -> None:

@@ -141,10 +141,16 @@ def test_rows_of_several_sequences_and_masks_of_ones_own_are_understood(name):
         assert_close(actual, expected)
         if name != "gpt-oss":  # which transformers gives no positions for its masks
             assert_close(actual[:, 13:], ours(ids[:, 13:], use_cache=False)[0])
-        actual = ours(ids, attention_mask=seen, use_cache=False)[0]
-        assert_close(actual, theirs(ids, attention_mask=added, use_cache=False)[0])
-        with pytest.raises(BadInputError, match="bool"):
-            ours(ids, attention_mask=added)
+        expected = theirs(ids, attention_mask=added, use_cache=False)[0]
+        for mask in (seen, added, torch.where(seen, 0.0, -3e38).double()):
+            assert_close(ours(ids, attention_mask=mask, use_cache=False)[0], expected)
+        near = torch.where(seen, (torch.arange(TOKENS) - torch.arange(TOKENS)[:, None]) / 3, added)
+        expected = theirs(ids, attention_mask=near, use_cache=False)[0]
+        assert_close(ours(ids, attention_mask=near, use_cache=False)[0], expected)
+        with pytest.raises(
+            BadInputError, match=r"bool or numbers to add, .* got .* of torch.int64"
+        ):
+            ours(ids, attention_mask=seen.long())
 
 
 def test_an_optimizer_made_before_goes_on():

@@ -20,6 +20,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import transformers
+from caches import cache_in, caching
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.models.gptj.modeling_gptj import create_sinusoidal_positions
@@ -373,9 +374,9 @@ class Oracle:
                 if self.case.axes:
                     arguments["position_ids"] = positions(end, count)
                 if self.case.causal:
-                    arguments |= {"past_key_values": past, "use_cache": cached}
+                    arguments |= {**caching(decoder, past), "use_cache": cached}
                 result = decoder(inputs_embeds=x, **arguments)
-                past = getattr(result, "past_key_values", None)
+                past = cache_in(result)
                 end += count
         return calls
 

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from caches import cache_in, caching
 from checkpoints import CASES, LONGEST, _model_class, randomise
 from torch import Tensor, nn
 
@@ -60,6 +61,6 @@ def served(model: Any, steps: tuple[int, ...]) -> Iterator[Tensor]:
     past, end = None, 0
     for count in steps:
         given = tokens(sum(steps))[:, end : end + count]
-        result = model(input_ids=given, past_key_values=past, use_cache=True)
-        past, end = result.past_key_values, end + count
+        result = model(input_ids=given, use_cache=True, **caching(model, past))
+        past, end = cache_in(result), end + count
         yield result[0]
