@@ -35,7 +35,7 @@ def doctor(providers: tuple[str, ...], as_json: bool) -> None:
 
     Providers are loaded and graphs opened, not looked up. PyTorch need not be installed. An NVIDIA
     GPU that onnxruntime cannot use is a problem, and so is whatever export or validate would fail
-    for.
+    for. A version newer than any this was tested with is a note.
     """
     try:
         from rope_export.lowering.choice import attending_operator

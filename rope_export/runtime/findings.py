@@ -9,6 +9,7 @@ from rope_export.runtime.machine import gpus_are_hidden
 from rope_export.runtime.packages import ONNXRUNTIME, Dependency
 from rope_export.runtime.pytorch import OVERRIDE
 from rope_export.runtime.state import Diagnosis
+from rope_export.runtime.tested import newer_than_tested
 
 
 def problems(found: Diagnosis, *, asked: Collection[str]) -> Iterator[str]:
@@ -52,12 +53,19 @@ def notes(found: Diagnosis) -> Iterator[str]:
     for each in found.dependencies or ():
         if each.state == "ok" and each.found != each.name:
             yield f"{each.found} {each.installed} stands in for {each.name}"
+    if found.dependencies is not None:  # then there is what compares versions
+        yield from newer_than_tested(_versions(found))
     if gpus_are_hidden():
         yield "CUDA_VISIBLE_DEVICES hides every GPU from this process"
     elif found.torch.cuda and found.machine.gpus and not found.torch.devices:
         yield f"torch is built for CUDA {found.torch.cuda} and sees no GPU: its driver may be older"
     for remark in found.torch.remarks:
         yield f"torch says: {remark}"
+
+
+def _versions(found: Diagnosis) -> dict[str, str | None]:
+    there = {"torch": found.torch.version, "onnxruntime": found.onnxruntime.version}
+    return found.packages | found.optional | there
 
 
 def _of_dependencies(found: Diagnosis) -> Iterator[str]:

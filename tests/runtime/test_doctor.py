@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -19,9 +20,19 @@ from rope_export._cli import run as run_command
 import rope_export
 from rope_export import BadInputError, runtime
 from rope_export.artifacts.targets import IR_VERSION, OPSETS
-from rope_export.runtime import diagnosis, machine, onnxruntime_build, packages, providers, pytorch
+from rope_export.runtime import (
+    diagnosis,
+    findings,
+    machine,
+    onnxruntime_build,
+    packages,
+    providers,
+    pytorch,
+)
 from rope_export.runtime.diagnosis import diagnose
+from rope_export.runtime.tested import TESTED, newer_than_tested
 
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 GPU_BUILD = {"onnxruntime-gpu": "1.31.1"}
 ASK_TORCH = pytorch._devices
 NOT_FOUND = "libcublasLt.so.13: cannot open shared object file: No such file or directory"
@@ -246,6 +257,47 @@ def test_every_dependency_is_held_to_its_range(monkeypatch):
         "numpy 2.4.6 is installed, <100,>=99 is needed: pip install 'numpy<100,>=99'",
         "no-such-thing is not installed: pip install 'no-such-thing>=1.2'",
     )
+
+
+def test_tested_versions_are_those_of_the_constraints():
+    pinned = (line.split("#")[0].strip() for line in CONSTRAINTS.read_text().splitlines())
+    versions = dict(line.split("==") for line in pinned if line)
+    assert {name: versions[name] for name in TESTED} == TESTED
+    assert versions["onnxruntime-gpu"] == versions["onnxruntime"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "newer"),
+    [
+        ({"torch": "2.13.0+cu130"}, []),
+        ({"torch": "2.13.1+cu130", "transformers": "4.57.6"}, ["torch"]),
+        ({"torch": "2.15.0.dev20261101", "onnx": "1.24.0rc1"}, ["torch", "onnx"]),
+        ({"transformers": "5.24.1", "onnxscript": "0.10.0"}, ["onnxscript", "transformers"]),
+        ({"onnxruntime": "1.100", "onnx-ir": "1.1"}, ["onnxruntime"]),
+        ({"onnxruntime": "my own build", "torch": None}, []),
+    ],
+)
+def test_versions_newer_than_tested_are_notes_and_no_problem(installed, newer):
+    assert [line.split()[0] for line in newer_than_tested(installed)] == newer
+    found = diagnose(["cpu"])
+    there = {name: version for name, version in installed.items() if name in found.packages}
+    optional = {name: version for name, version in installed.items() if name in found.optional}
+    changed = replace(
+        found,
+        torch=replace(found.torch, version=installed.get("torch", "2.13.0")),
+        onnxruntime=replace(
+            found.onnxruntime, version=installed.get("onnxruntime", found.onnxruntime.version)
+        ),
+        packages=found.packages | there,
+        optional=found.optional | optional,
+    )
+    said = [line for line in findings.notes(changed) if "is newer than" in line]
+    assert {line.split()[0] for line in said} >= set(newer)
+    for line in said:
+        name, version = line.split()[:2]
+        assert line.endswith(f"try {name}=={TESTED[name]}")
+        if name in installed:
+            assert version == installed[name]
 
 
 def test_a_distribution_whose_module_is_gone(monkeypatch):
