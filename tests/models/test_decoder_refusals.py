@@ -100,7 +100,7 @@ def _look_both_ways(model: Any) -> None:
         (_forget, r"lacks 'k_proj\.weight'"),
         (_extend, r"has 'gate_proj\.bias'"),
         (_compile, "compiled"),
-        (_look_both_ways, "both ways"),
+        (_look_both_ways, "is_causal is False"),
     ],
 )
 def test_what_acts_beside_the_weights_is_refused_and_nothing_changed(change, message):
