@@ -134,8 +134,10 @@ def _print_providers(report: Report) -> None:
             f"{name:<12} {shape:<28} {worst.errors.rel:>9.1e} {worst.eager.rel:>9.1e} "
             f"{worst.tolerance.rel:>9.1e}  {placed}"
         )
+    told: set[tuple[str, str | None]] = set()  # what keeps all cases from running is said once
     for case in report.cases:
-        if not case.passed:
+        if not case.passed and (case.provider, case.reason) not in told:
+            told |= {(case.provider, case.reason)} if case.reason else set()
             why = case.reason or (
                 f"error {case.errors.rel:.1e} (tolerance {case.tolerance.rel:.1e}), worst row "
                 f"{case.errors.row:.1e} (tolerance {case.tolerance.row:.1e})"

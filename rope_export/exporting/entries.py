@@ -8,7 +8,7 @@ Whether the graph is right is for the proof to say.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from rope_export.exporting.request import Entry
 _LEAST_TRACED = 2
 # Tables are not grown by a call of more tokens: without a cache that is a matter of S x S.
 _LARGEST_RUN = 8192
+_SHOWN = 3
 
 
 class Entries:
@@ -59,7 +60,7 @@ class Entries:
         grown, kept, size = self._called(tensors)
         if not kept:
             return
-        named = ", ".join(f"{path}.{name}".lstrip(".") for path, name in kept)
+        named = named_in_short([f"{path}.{name}".lstrip(".") for path, name in kept])
         if size is not None:
             note = (
                 f"what the module keeps from one call to the next ({named}) is, as a call at "
@@ -148,6 +149,12 @@ class Entries:
                 continue
         words = ", ".join(f"{label} {size}" for label, size in asked.items()) or None
         return called, kept_by(fresh(self._call.module), called), words
+
+
+def named_in_short(names: Sequence[str]) -> str:
+    """The first of many names, and how many there are."""
+    shown = ", ".join(names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
 
 
 def resized(tensor: Tensor, shape: list[int]) -> Tensor:

@@ -23,6 +23,7 @@ from rope_export.artifacts.targets import OPSETS
 from rope_export.dispatch import lowering_to
 from rope_export.errors import ExportError, RopeExportError
 from rope_export.exporting.complex_numbers import as_pairs_of_real
+from rope_export.exporting.factories import SizesStayFree, with_stated_dtypes
 from rope_export.exporting.flex import flex_written_out, forget_tables
 from rope_export.exporting.guards import fixed_by, written_down
 from rope_export.exporting.refusals import refuse_bfloat16, unconvertible, untraceable
@@ -92,6 +93,7 @@ def trace(
         assignments_noted(module, __file__) as assigned,
         _whole_stacks(),
         flex_written_out(),
+        SizesStayFree(),
     ):
         try:
             program = torch.export.export(
@@ -120,6 +122,7 @@ def convert(program: torch.export.ExportedProgram, target: Target) -> ir.Model:
     """
     with quiet_torch(), torch.no_grad():
         program = as_pairs_of_real(program)
+        with_stated_dtypes(program)
         try:
             converted = torch.onnx.export(
                 program,

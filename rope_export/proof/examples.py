@@ -84,8 +84,10 @@ class Likeness:
         if self._varies:
             return f"{text}: every other case has normally distributed numbers in its place"
         pads = self._wide.size > 1 and ("mask" in self.name or self._wide.dtype.kind == "b")
-        what = "padding is" if pads else "other values are"
-        return f"{text}: {what} not proven; give an example that has it, or inputs="
+        what = "padding is not proven; give an example with padding"
+        if not pads:
+            what = "other values are not proven; give an example that has some"
+        return f"{text}: {what}, or inputs="
 
     def draw(
         self, shape: tuple[int, ...], rng: np.random.Generator, *, varied: bool = True

@@ -136,8 +136,9 @@ class Planner:
         for label in unstated:
             most = max(case.sizes[label] for case in served)
             notes.append(
-                f"{label} has no stated maximum: the graph bounds it nowhere, and it is proven up "
-                f"to {most} (torch.export.Dim({label!r}, max=N) or --range {label}=1:N states one)"
+                f"{label} has no stated maximum: no line of the module bounds it, and it is "
+                f"proven up to {most} (torch.export.Dim({label!r}, max=N) or "
+                f"--range {label}=1:N states one)"
             )
         return served, notes
 

@@ -11,6 +11,7 @@ from rope_export.errors import BadInputError
 from rope_export.exporting.call import Call
 from rope_export.exporting.copies import fresh, kept_by
 from rope_export.exporting.eager import run_eagerly
+from rope_export.exporting.entries import named_in_short
 from rope_export.exporting.module import ModuleRequest
 from rope_export.proof.arrays import to_numpy
 from rope_export.runtime.token_places import Array
@@ -52,7 +53,7 @@ def refuse_what_a_graph_cannot_keep(
     if name is None:
         return
     kept = kept_by(fresh(request.module), used.module)
-    named = ", ".join(f"{path}.{leaf}".lstrip(".") for path, leaf in kept) or "it knows where"
+    named = named_in_short([f"{path}.{leaf}".lstrip(".") for path, leaf in kept]) or "something"
     raise BadInputError(
         f"{kind} must give the same numbers after other calls, and {name} differs: it keeps "
         f"{named} from one call to the next, and a graph keeps nothing; take it as an input and "

@@ -111,7 +111,7 @@ def test_a_label_that_nothing_bounds(tmp_path):
     range_, proven = served(result, "groups")
     assert range_ == [1, None]
     said = (
-        "groups has no stated maximum: the graph bounds it nowhere, and it is proven up to "
+        "groups has no stated maximum: no line of the module bounds it, and it is proven up to "
         f"{proven[1]} "
     )
     assert any(note.startswith(said) for note in result.report.notes)
