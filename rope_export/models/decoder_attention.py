@@ -37,6 +37,7 @@ class DecoderAttention(Attention):
         vars(self).update(vars(block))
         self.geometry = geometry
         self.config = theirs.config
+        self.own_kind = type(theirs)
         self.layer_idx = geometry.index
         self.is_causal = True
         self.scores_dropout = _rate(theirs, "attention_dropout", "attn_dropout")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rope_export.errors import BadInputError
+from rope_export.models.comparison import Comparison, Pair
 from rope_export.models.decoder_attention import DecoderAttention, whole_rows
 from rope_export.models.keywords import cache_of
 from rope_export.models.own_config import give_own_config
@@ -41,10 +43,18 @@ def replace_attention(
     one for each head (StableLM) or heads come from latents (DeepSeek) they become parameters of
     their own, and an optimizer must be made after. Attention weights are no output any more.
 
+    Every layer is compared with the module it replaces before that is let go: the decoder is run
+    on three rows of up to 21 random tokens (whole, padded, and in calls with a cache), each
+    attention in float32 on random hidden states of its own, loud and quiet, whatever the size of
+    the model; what follows attention in a layer is not run. Longer windows are compared as windows
+    of 8 tokens, and what RoPE does only beyond 21 positions is not seen. A model on the meta device
+    has no numbers, and is replaced as its configuration reads.
+
     Args:
         model: a decoder of transformers, with or without its head, or a model that holds one as
             its language model.
-        family: a row of `rope_export.pretrained.families`, instead of that of ``model_type``.
+        family: a row of `rope_export.pretrained.families`, instead of that of ``model_type``:
+            whose attention the model's is like. Not for a model on the meta device.
         max_seq_len: positions served (default: ``max_position_embeddings``).
 
     Returns:
@@ -52,8 +62,10 @@ def replace_attention(
 
     Raises:
         BadInputError: ``model`` is none of transformers, is compiled, is of no known family or sees
-            both ways, or an attention is not what its configuration says: quantised, sharded, with
-            adapters or hooks. The model is as it was.
+            both ways, its configuration states what bears on attention and the family does not
+            read, an attention is not what its configuration says (quantised, sharded, with adapters
+            or hooks), or a replacement computes something else than the module it is for. The model
+            is as it was.
     """
     decoder = _decoder_of(model)
     content = decoder.config.to_dict()
@@ -83,15 +95,66 @@ def replace_attention(
     for geometry, (path, theirs) in zip(geometries, found.items(), strict=True):
         _check(path, theirs, geometry)
         made[path] = _made(geometry, theirs, max_seq_len, ropes)
-    for path, ours in made.items():
-        owner, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, ours)
-    if hasattr(decoder, "rotary_emb"):
-        decoder.rotary_emb = Positions()
-    names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
-    decoder.register_forward_pre_hook(_SayWholeRows(names), with_kwargs=True)
+    way = "sdpa" if decoder._supports_sdpa else "eager"
+    _, _, leaf = row.tensors.home.rstrip(".").partition("{layer}")
+    layers = [model.get_submodule(path.removesuffix(leaf)) for path in made]
+    pairs = [Pair(path, found[path], made[path], layers[i]) for i, path in enumerate(made)]
+    compared = _comparison(model, decoder, pairs, max_seq_len, told=family is not None)
+    if compared is not None:
+        compared.by_meaning()
+    undo = _install(model, decoder, made)
+    try:
+        if compared is not None:
+            compared.as_called(way)
+    except BaseException:
+        undo()
+        raise
     give_own_config(model, decoder)
     return list(made)
+
+
+def _comparison(
+    model: nn.Module,
+    decoder: Any,
+    pairs: Sequence[Pair],
+    max_seq_len: int | None,
+    *,
+    told: bool,
+) -> Comparison | None:
+    """Of each attention with what is to replace it; None where there are no numbers."""
+    if any(p.device.type == "meta" for p in decoder.parameters()):
+        if told:
+            raise BadInputError(
+                f"{type(model).__name__} is on the meta device, where its attention can't be "
+                "compared with that of family: load its weights first"
+            )
+        return None
+    stated = min(pair.ours.geometry.max_position_embeddings for pair in pairs)
+    return Comparison(decoder, pairs, max_seq_len or stated)
+
+
+def _install(
+    model: nn.Module, decoder: Any, made: Mapping[str, DecoderAttention]
+) -> Callable[[], None]:
+    """Put what was made in its places; what is returned takes it out again."""
+    before = {path: model.get_submodule(path) for path in made}
+    rotary: nn.Module | None = getattr(decoder, "rotary_emb", None)
+    names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
+    hook = decoder.register_forward_pre_hook(SayWholeRows(names), with_kwargs=True)
+
+    def put(modules: Mapping[str, nn.Module], angles: nn.Module | None) -> None:
+        for path, module in modules.items():
+            owner, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, module)
+        if rotary is not None:
+            decoder.rotary_emb = angles
+
+    def undo() -> None:
+        put(before, rotary)
+        hook.remove()
+
+    put(made, None if rotary is None else Positions(type(rotary)))
+    return undo
 
 
 class Positions(nn.Module):
@@ -99,7 +162,14 @@ class Positions(nn.Module):
 
     Every `DecoderAttention` has its own angles, and those of transformers' modules that follow
     the length of the sequence are kept between calls, which breaks compiled graphs.
+
+    Args:
+        own_kind: the class in whose place it is.
     """
+
+    def __init__(self, own_kind: type[nn.Module] | None = None) -> None:
+        super().__init__()
+        self.own_kind = own_kind
 
     def forward(self, hidden_states: Tensor, position_ids: Tensor, *_: object) -> Tensor:
         """Return ``position_ids``."""
@@ -107,7 +177,7 @@ class Positions(nn.Module):
         return position_ids
 
 
-class _SayWholeRows:
+class SayWholeRows:
     """Before a decoder runs: where it is given neither mask, positions nor past, say so.
 
     Compiled, transformers cannot tell positions it counted itself from those of several sequences
@@ -117,7 +187,7 @@ class _SayWholeRows:
     def __init__(self, names: tuple[str, ...]) -> None:
         self.names = names
 
-    def __call__(
+    def __call__(  # noqa: D102
         self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         given = dict(zip(self.names, args, strict=False)) | kwargs

@@ -28,6 +28,7 @@ from rope_export.proof.limits import FOLLOWS_LENGTH
 from rope_export.proof.module_inputs import Inputs, shown
 from rope_export.proof.module_sizes import BATCH_LABELS, Planner, Sizes
 from rope_export.proof.module_state import refuse_what_a_graph_cannot_keep
+from rope_export.proof.own_code import agreement_notes
 from rope_export.proof.reference import Semantics
 from rope_export.proof.sensitivity import defects_of
 from rope_export.rope.embedding import RotaryEmbedding
@@ -80,6 +81,7 @@ class ModuleCases:
             fixed = ", ".join(f"{name}={value!r}" for name, value in constants.items())
             notes.append(f"fixed in the graph, as in the example: {fixed}")
         self._refuse_other_padding()
+        notes += agreement_notes(self._request.module, self._request.longest, self._wide_weights)
         planned, cut = self._planner().planned()
         if self._signature.sequence in self._signature.free:
             self._proven_length = max(case.sizes[self._signature.sequence] for case in planned)
