@@ -11,6 +11,11 @@ from torch import nn
 TAKEN = ("sdpa", "eager")
 
 
+def way_of(decoder: Any) -> str:
+    """How a replaced decoder is told to make masks."""
+    return TAKEN[0] if decoder._supports_sdpa else TAKEN[1]
+
+
 def give_own_config(model: nn.Module, decoder: Any) -> None:
     """Let a model have configs nobody else has, and ask for masks its attention can take.
 
@@ -31,4 +36,4 @@ def give_own_config(model: nn.Module, decoder: Any) -> None:
             if isinstance(value, PreTrainedConfig) and id(value) in copies:
                 vars(module)[name] = copies[id(value)]
     # Never a name of ours: a model built from this config later would look for its attention.
-    decoder.config._attn_implementation = "sdpa" if decoder._supports_sdpa else "eager"
+    decoder.config._attn_implementation = way_of(decoder)

@@ -15,7 +15,7 @@ from rope_export.errors import BadInputError
 from rope_export.models.comparison import Comparison, Pair
 from rope_export.models.decoder_attention import DecoderAttention, whole_rows
 from rope_export.models.keywords import cache_of
-from rope_export.models.own_config import give_own_config
+from rope_export.models.own_config import give_own_config, way_of
 from rope_export.pretrained.families import FAMILIES
 from rope_export.pretrained.geometry import family_of, layers_of
 from rope_export.pretrained.layer import Layer
@@ -95,7 +95,6 @@ def replace_attention(
     for geometry, (path, theirs) in zip(geometries, found.items(), strict=True):
         _check(path, theirs, geometry)
         made[path] = _made(geometry, theirs, max_seq_len, ropes)
-    way = "sdpa" if decoder._supports_sdpa else "eager"
     _, _, leaf = row.tensors.home.rstrip(".").partition("{layer}")
     layers = [model.get_submodule(path.removesuffix(leaf)) for path in made]
     pairs = [Pair(path, found[path], made[path], layers[i]) for i, path in enumerate(made)]
@@ -105,7 +104,7 @@ def replace_attention(
     undo = _install(model, decoder, made)
     try:
         if compared is not None:
-            compared.as_called(way)
+            compared.as_called(way_of(decoder))
     except BaseException:
         undo()
         raise

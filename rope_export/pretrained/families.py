@@ -104,6 +104,17 @@ _DEEPSEEK = Family(
     out_bias="attention_bias",
     refuses=say.latent_refuses,
 )
+_OLMO2 = replace(
+    _LLAMA, models="OLMo 2", defaults={"rms_norm_eps": 1e-5}, norm=say.rms(over="projection")
+)
+_MISTRAL = replace(
+    _LLAMA,
+    models="Mistral 7B, Nemo, Small",
+    defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+    window=say.in_every_layer,
+    qkv_bias=False,
+    out_bias=False,
+)
 _QWEN2_VL = replace(
     _QWEN2,
     head_dim=say.hidden_over_heads,
@@ -146,6 +157,24 @@ FAMILIES: dict[str, Family] = {
         window=say.COHERE2_WINDOW,
         qkv_bias="attention_bias",
         out_bias="attention_bias",
+    ),
+    "cwm": replace(
+        _MISTRAL,
+        models="CWM",
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "sliding_window": 8192,
+            "rope_theta": 1000000.0,
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 16.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+        window=say.with_types(say.all_but_every_fourth_from_the_first),
     ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": replace(_DEEPSEEK, models="DeepSeek-V3, R1"),
@@ -262,14 +291,7 @@ FAMILIES: dict[str, Family] = {
         out_bias="bias",
     ),
     "llama": _LLAMA,
-    "mistral": replace(
-        _LLAMA,
-        models="Mistral 7B, Nemo, Small",
-        defaults={"num_key_value_heads": 8, "sliding_window": 4096},
-        window=say.in_every_layer,
-        qkv_bias=False,
-        out_bias=False,
-    ),
+    "mistral": _MISTRAL,
     "mixtral": Family(
         "Mixtral",
         defaults={"num_key_value_heads": 8, "rope_theta": 1000000.0},
@@ -278,8 +300,15 @@ FAMILIES: dict[str, Family] = {
     "nemotron": replace(
         _LLAMA, models="Nemotron-4, Minitron", defaults={"partial_rotary_factor": 0.5}
     ),
-    "olmo2": replace(
-        _LLAMA, models="OLMo 2", defaults={"rms_norm_eps": 1e-5}, norm=say.rms(over="projection")
+    "olmo": replace(_LLAMA, models="OLMo without clip_qkv"),
+    "olmo2": _OLMO2,
+    "olmo3": replace(
+        _OLMO2,
+        models="OLMo 3",
+        defaults={**_OLMO2.defaults, "sliding_window": 4096, "rope_theta": 500000.0},
+        rope=say.olmo3_rope,
+        window=say.OLMO3_WINDOW,
+        idle=("rope_theta", "rope_scaling"),  # of the layers of one kind
     ),
     "phi": Family(
         "Phi-1.5, Phi-2",

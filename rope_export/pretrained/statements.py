@@ -43,6 +43,17 @@ def gemma3_rope(family: Family, f: Fields, layer: int, head_dim: int) -> Rope:
     return Rope(head_dim, f.number("rope_local_base_freq", 10000.0), family.layout)
 
 
+def olmo3_rope(family: Family, f: Fields, layer: int, head_dim: int) -> Rope:
+    """Older files have one scaling, which is of the layers without windows."""
+    kind = SLIDING if OLMO3_WINDOW(f, layer) is not None else FULL
+    stated = f.rope_scaling or f.get("rope_parameters") or {}
+    if isinstance(stated, Mapping) and any(isinstance(v, Mapping) for v in stated.values()):
+        return rotary(family, f, layer, head_dim, layer_type=kind)
+    if kind == FULL:
+        return rotary(family, f, layer, head_dim)
+    return Rope(head_dim, f.number("rope_theta"), family.layout)
+
+
 def neox_rope(family: Family, f: Fields, layer: int, head_dim: int) -> Rope:
     """The share is of a stated ``head_dim``, though heads have the width that is left to them."""
     return rotary(family, f, layer, f.integer("head_dim", head_dim))
@@ -151,6 +162,11 @@ def every_other(_: Fields, layer: int) -> bool:
     return layer % 2 == 0
 
 
+def all_but_every_fourth_from_the_first(_: Fields, layer: int) -> bool:
+    """Windows in layers 1, 2, 3, 5, …."""
+    return layer % 4 != 0
+
+
 def _from_max_window_layers(f: Fields, layer: int) -> bool:
     return f.flag("use_sliding_window") and layer >= f.integer("max_window_layers")
 
@@ -199,6 +215,7 @@ def smollm3_window(f: Fields, layer: int) -> int | None:
 GEMMA3_SLIDES = _pattern(6)
 COHERE2_WINDOW = with_types(_pattern(4))
 EXAONE4_WINDOW = with_types(_pattern(4))
+OLMO3_WINDOW = with_types(_pattern(4))
 
 
 def exaone4_rotates(f: Fields, layer: int) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -82,7 +81,7 @@ def _no_angles(attention: Any) -> None:
 
 
 def _epsilon(attention: Any) -> None:
-    attention.k_norm.spec = dataclasses.replace(attention.k_norm.spec, eps=1e-3)
+    attention.q_norm.eps = attention.k_norm.eps = 1e-3
 
 
 @pytest.mark.parametrize("change", [_scale, _window, _both_ways, _no_angles, _epsilon])

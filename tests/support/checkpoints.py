@@ -271,6 +271,19 @@ CASES = {
     "StarCoder2": Case("starcoder2", {"use_bias": True, "sliding_window": WINDOW}),
     "StarCoder2 without biases": Case("starcoder2", {"use_bias": False}, exported=()),
     "OLMo 2": Case("olmo2", {"rms_norm_eps": EPS}, targets=("onnx",)),
+    "OLMo": Case("olmo", {"attention_bias": True}),
+    "OLMo 3": Case(
+        "olmo3",
+        {
+            "rms_norm_eps": EPS,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "full_attention": {"rope_theta": 500.0, **YARN},
+            },
+        }
+        | slides(True, False),
+    ),
+    "CWM": Case("cwm", {"head_dim": 32} | slides(False, True), exported=(1,)),
     "SmolLM3": Case("smollm3", {"no_rope_layers": [1, 0]}, exported=(1,), targets=("primitive",)),
     "SmolLM3 with windows": Case(
         "smollm3",
@@ -761,7 +774,7 @@ class Facts:
 
 _WINDOW_ON_ALL = ("mistral", "mixtral", "phi3", "qwen3_moe", "starcoder2")
 _WINDOW_BY_LAYER = (
-    *("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss"),
+    *("cohere2", "cwm", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "olmo3"),
     *("qwen2", "qwen2_moe", "qwen2_vl_text", "qwen3", "smollm3"),
 )
 
@@ -865,7 +878,7 @@ def _frequencies(
         if name.endswith("rotary_emb") and not re.search("vision|visual", name)
     )
     made = type(rotary)(config)  # again: there are no numbers on the meta device
-    if kind == "gemma3_text":
+    if kind in ("gemma3_text", "olmo3"):
         layer_type = config.layer_types[layer]
         return (
             getattr(made, f"{layer_type}_inv_freq"),
