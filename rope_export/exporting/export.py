@@ -81,16 +81,18 @@ def export(
             ``torch.export.Dim(name, min=, max=)``, or a sum such as ``"past_sequence+sequence"``;
             a mapping of axes given for a nested argument holds for all of its tensors.
         inputs: draws inputs for the proof: called with the sizes of the labels and a NumPy
-            generator, it returns arguments by name, those it leaves out are drawn from the
-            examples (numbers spread as they are there, integers from those that occur).
+            generator, it returns arguments by name. Those it leaves out are as the example is: what
+            hides in a mask stays where it is, integers are some that occur, other numbers spread as
+            they do there.
         output_names: of the outputs that are no cache, in order.
         target: ``"ort"`` (onnxruntime's fused operators), ``"onnx"`` (standard opset 23) or
             ``"primitive"`` (opset 18 arithmetic); of a block also ``"auto"``: every legal lowering
             is proven and timed here, on the first of ``providers`` and at the longest sequence,
             and the fastest is kept.
         providers: the execution providers the graph must be legal on.
-        max_seq_len: longest sequence served (default: the shortest table of a RotaryEmbedding
-            inside, else the largest ``max`` of a ``Dim``, or 4096).
+        max_seq_len: longest sequence served; given, it is proven, and refused where the module
+            serves less (default: the shortest table of a RotaryEmbedding inside, else the largest
+            ``max`` of a ``Dim``, or 4096).
         position_ids: of a block, whether positions are a graph input ``[batch, sequence]``.
         cache: of a block, whether keys and values of earlier tokens come in as ``past_key`` and
             ``past_value`` ``[batch, num_kv_heads, past_sequence, width]`` and go out, with the new
