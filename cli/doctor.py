@@ -81,7 +81,7 @@ def _rows(found: Diagnosis) -> Iterator[Row]:
     yield "", ""
     loaded = f"onnxruntime loads up to opset {build.highest_opset}, IR {build.highest_ir_version}"
     limit = loaded if build.highest_opset else "onnxruntime loads nothing"
-    yield "target", f"opset, all in IR {found.ir_version}; {limit}"
+    yield "target", f"opset, in IR {_formats(found)}; {limit}"
     for name, target in found.targets.items():
         yield name, f"{target.opset}{_runs(target.runs)}"
     for note in found.notes:
@@ -155,6 +155,14 @@ def _tf32(found: Diagnosis) -> str:
 
 def _on(allowed: bool | None) -> str:
     return {True: "on", False: "off", None: "unknown"}[allowed]
+
+
+def _formats(found: Diagnosis) -> str:
+    """``10 (primitive 8)``: what most targets write, and the others."""
+    of_targets = {name: target.ir_version for name, target in found.targets.items()}
+    most = max(of_targets.values())
+    others = ", ".join(f"{name} {ir}" for name, ir in of_targets.items() if ir != most)
+    return f"{most} ({others})" if others else str(most)
 
 
 def _runs(runs: dict[str, dict[str, str]] | None) -> str:

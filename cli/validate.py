@@ -25,7 +25,8 @@ Example:
 def validate(folder: Path, providers: tuple[str, ...], as_json: bool) -> None:
     """Replay the test vectors of the artifact DIR with onnxruntime, without PyTorch.
 
-    Checks first that no file has changed since the export. Writes nothing.
+    Checks first that no file has changed since the export, and that onnxruntime is not too old for
+    the graph (exit code 3). Writes nothing.
     """
     from rope_export.runtime.replay import replay
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rope_export.artifacts.cache_layout import MASK, CacheLayout
-from rope_export.artifacts.targets import PROVIDERS
+from rope_export.artifacts.targets import IR_VERSIONS, PROVIDERS
 from rope_export.errors import ExportError, RopeExportError
 from rope_export.exporting import graph
 from rope_export.exporting.request import Entry, Request
@@ -140,6 +140,7 @@ class Subject:
             parameters={f"{prefix}{name}" for name in request.learned},
             prefix=prefix,
         )
+        model.ir_version = IR_VERSIONS[request.target]
         return model
 
     def runs_on(self) -> dict[str, str | None]:

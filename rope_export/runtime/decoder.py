@@ -12,6 +12,7 @@ from rope_export.artifacts.artifact import Artifact
 from rope_export.artifacts.cache_layout import MASK, CacheLayout
 from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError
+from rope_export.runtime import required
 from rope_export.runtime.decoder_steps import (
     BoundStep,
     CapturedStep,
@@ -106,7 +107,7 @@ class Decoder:
             BadInputError: the artifact is incomplete or altered, has no cache, or an argument is
                 out of range.
             ProviderUnavailableError: the provider does not load, or has no kernel for the graph's
-                arithmetic.
+                arithmetic, or onnxruntime is too old for it.
             RuntimeError: onnxruntime does not load the graph.
         """
         artifact = Artifact.read(Path(folder), verify=True)
@@ -114,6 +115,7 @@ class Decoder:
             raise BadInputError(
                 f"{folder}: the graph has no cache that a Decoder can drive; export it with one"
             )
+        required.check(artifact)
         layout = artifact.cache
         if cuda_graph:
             check_capturable(provider, layout)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from rope_export.artifacts.targets import DTYPES, ENDPOINTS, IR_VERSION, OPSETS
+from rope_export.artifacts.targets import DTYPES, ENDPOINTS, IR_VERSIONS, OPSETS
 from rope_export.artifacts.version import __version__
 from rope_export.runtime import findings, packages, pytorch
 from rope_export.runtime.machine import Machine
@@ -64,12 +64,12 @@ def diagnose(providers: Sequence[str] = (), *, attends: Attends | None = None) -
         targets={
             name: Target(
                 opset,
-                _loads(opset, build),
+                IR_VERSIONS[name],
+                _loads(name, opset, build),
                 _runs(name, tried, attends) if torch.usable and attends is not None else None,
             )
             for name, opset in OPSETS.items()
         },
-        ir_version=IR_VERSION,
         tf32=pytorch.tf32(torch.usable),
     )
     return replace(
@@ -79,10 +79,10 @@ def diagnose(providers: Sequence[str] = (), *, attends: Attends | None = None) -
     )
 
 
-def _loads(opset: int, build: Onnxruntime) -> bool | None:
+def _loads(target: str, opset: int, build: Onnxruntime) -> bool | None:
     if build.highest_opset is None or build.highest_ir_version is None:
         return None
-    return opset <= build.highest_opset and build.highest_ir_version >= IR_VERSION
+    return build.too_new(opset, IR_VERSIONS[target]) is None
 
 
 def _runs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from rope_export.runtime import packages
+from rope_export.runtime import packages, required
 from rope_export.runtime.machine import gpus_are_hidden
 from rope_export.runtime.packages import ONNXRUNTIME, Dependency
 from rope_export.runtime.pytorch import OVERRIDE
@@ -55,6 +55,8 @@ def notes(found: Diagnosis) -> Iterator[str]:
             yield f"{each.found} {each.installed} stands in for {each.name}"
     if found.dependencies is not None:  # then there is what compares versions
         yield from newer_than_tested(_versions(found))
+    if found.onnxruntime.version is not None:
+        yield from required.limits(found.onnxruntime.version)
     if gpus_are_hidden():
         yield "CUDA_VISIBLE_DEVICES hides every GPU from this process"
     elif found.torch.cuda and found.machine.gpus and not found.torch.devices:
@@ -129,11 +131,8 @@ def _of_targets(found: Diagnosis) -> Iterator[str]:
     command = declared[0] if declared else "pip install --upgrade onnxruntime"
     for name, target in found.targets.items():
         if target.loads is False:
-            yield (
-                f"target {name} writes opset {target.opset} in IR version {found.ir_version}, and "
-                f"onnxruntime {build.version} loads opsets up to {build.highest_opset} and IR "
-                f"versions up to {build.highest_ir_version}: {command}"
-            )
+            limits = build.too_new(target.opset, target.ir_version)
+            yield f"target {name} writes {limits}: {command}"
 
 
 def _listed(names: list[str]) -> str:

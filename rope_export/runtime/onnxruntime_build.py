@@ -53,6 +53,16 @@ class Onnxruntime:
             _highest(_IR_VERSIONS, lambda version: providers.tiny_model(ir_version=version)),
         )
 
+    def too_new(self, opset: int, ir_version: int) -> str | None:
+        """That graphs of this opset and IR version are not loaded, in plain words, or None."""
+        highest, highest_ir = self.highest_opset, self.highest_ir_version
+        if highest is None or highest_ir is None or (opset <= highest and ir_version <= highest_ir):
+            return None
+        return (
+            f"opset {opset} in IR version {ir_version}, and onnxruntime {self.version} loads "
+            f"opsets up to {highest} and IR versions up to {highest_ir}"
+        )
+
 
 @dataclass(frozen=True)
 class Provider:

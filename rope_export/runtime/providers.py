@@ -100,7 +100,7 @@ def require(provider: str) -> None:
         raise ProviderUnavailableError(f"provider {provider} cannot be used here: {reason}")
 
 
-def tiny_model(*, opset: int = 18, ir_version: int = 10) -> bytes:
+def tiny_model(*, opset: int = 18, ir_version: int = 8) -> bytes:
     """The smallest graph there is, to see whether it opens."""
     from onnx import TensorProto, helper
 

@@ -14,6 +14,7 @@ from rope_export.artifacts.comparison import Errors, errors_between
 from rope_export.artifacts.report import CaseResult, ProviderStatus, Report
 from rope_export.artifacts.vectors import Vector, read_vector
 from rope_export.errors import BadInputError, ProviderUnavailableError
+from rope_export.runtime import required
 from rope_export.runtime.token_places import (
     Array,
     Places,
@@ -205,7 +206,7 @@ def replay(
     Raises:
         BadInputError: the artifact is incomplete, damaged or altered.
         ProviderUnavailableError: a provider named here, or every one the graph was made for, does
-            not load.
+            not load, or onnxruntime is too old for the graph.
     """
     artifact = Artifact.read(Path(path), verify=True)
     if not artifact.vectors:
@@ -254,9 +255,10 @@ def run_providers(
         progress: told what is being done.
 
     Raises:
-        ProviderUnavailableError: a named provider does not load or lacks an operator, or no
-            provider can run the graph.
+        ProviderUnavailableError: a named provider does not load or lacks an operator, no
+            provider can run the graph, or onnxruntime is too old for it.
     """
+    required.check(artifact)
     statuses: dict[str, ProviderStatus] = {}
     results: list[CaseResult] = []
     for provider in named or tuple(dict.fromkeys((*made_for, *runs_on))):

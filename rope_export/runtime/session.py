@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from rope_export.artifacts.targets import ENDPOINTS
 from rope_export.errors import ProviderUnavailableError
+from rope_export.runtime import required
 from rope_export.runtime.providers import (
     first_line,
     onnxruntime_module,
@@ -64,7 +65,8 @@ class Session:
         """Open ``model`` on ``provider``.
 
         Raises:
-            ProviderUnavailableError: the provider does not load.
+            ProviderUnavailableError: the provider does not load, or onnxruntime is too old for
+                the graph.
             RuntimeError: the graph does not load; the message is the runtime's first line.
         """
         require(provider)
@@ -72,14 +74,18 @@ class Session:
             with quiet():
                 session = open_session(str(model), provider, provider_options)
         except Exception as error:
+            reason = required.why_not(Path(model), error)
+            if reason is not None:
+                raise ProviderUnavailableError(
+                    f"provider {provider} cannot be used here: {reason}"
+                ) from error
             raise RuntimeError(first_line(error)) from error
         placed: Counter[str] = Counter()
         misplaced: Counter[str] = Counter()
-        for subgraph in session.get_provider_graph_assignment_info():
-            for node in subgraph.get_nodes():
-                placed[subgraph.ep_name] += 1
-                if subgraph.ep_name != ENDPOINTS[provider] and node.op_type in _COMPUTE_OPS:
-                    misplaced[node.op_type] += 1
+        for endpoint, operator in _assigned(session, provider, model):
+            placed[endpoint] += 1
+            if endpoint != ENDPOINTS[provider] and operator in _COMPUTE_OPS:
+                misplaced[operator] += 1
         return cls(provider, dict(placed), tuple(sorted(misplaced)), session)
 
     @property
@@ -128,6 +134,28 @@ class Session:
             }
         except Exception as error:
             raise RuntimeError(first_line(error)) from error
+
+
+def _assigned(session: Any, provider: str, model: Path) -> Iterator[tuple[str, str]]:
+    """Execution provider and operator of every node.
+
+    Raises:
+        ProviderUnavailableError: the runtime does not say, and there is more than one.
+    """
+    if hasattr(session, "get_provider_graph_assignment_info"):
+        for subgraph in session.get_provider_graph_assignment_info():
+            for node in subgraph.get_nodes():
+                yield subgraph.ep_name, node.op_type
+    elif provider == "cpu":  # where they all are, such as the file has them
+        import onnx
+
+        for node in onnx.load(model, load_external_data=False).graph.node:
+            yield ENDPOINTS[provider], node.op_type
+    else:
+        raise ProviderUnavailableError(
+            f"provider {provider} cannot be used here: {ENDPOINTS[provider]} may leave nodes to "
+            f"the CPU, and of onnxruntime {onnxruntime_module().__version__} nobody learns which"
+        )
 
 
 def to_ort(array: Array) -> Any:

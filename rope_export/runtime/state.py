@@ -17,12 +17,14 @@ class Target:
 
     Attributes:
         opset: what its graphs are written in.
+        ir_version: of the format, likewise.
         loads: whether the onnxruntime here loads that; None where nothing could be opened.
         runs: for every provider that loads and every dtype, the operator that attends in a plain
             block (causal, grouped heads); None where that was not asked, or without PyTorch.
     """
 
     opset: int
+    ir_version: int
     loads: bool | None
     runs: dict[str, dict[str, str]] | None
 
@@ -42,7 +44,6 @@ class Diagnosis:
             folder that is not installed, or without ``packaging``.
         providers: every execution provider, tried.
         targets: every export target.
-        ir_version: of the format, in which every target writes.
         tf32: whether float32 may be rounded to TF32 on CUDA.
         problems: one line each, with what to do.
         notes: what is worth knowing and no problem.
@@ -57,7 +58,6 @@ class Diagnosis:
     dependencies: tuple[Dependency, ...] | None
     providers: dict[str, Provider]
     targets: dict[str, Target]
-    ir_version: int
     tf32: Tf32
     problems: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
