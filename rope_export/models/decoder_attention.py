@@ -111,7 +111,7 @@ class DecoderAttention(Attention):
             k, v = cache.update(k, v, self.layer_idx, *places)
         visible = None
         if attention_mask is not None and attention_mask.shape[-1]:
-            visible = _seen(attention_mask, q)
+            visible = _seen(attention_mask, q, k.shape[2])
         elif attention_mask is not None and self.window is not None:
             order = torch.arange(q.shape[2], device=q.device)
             visible = visible_keys(order, order, causal=True, window=self.window)
@@ -212,8 +212,8 @@ def whole_rows(tokens: Tensor) -> Tensor:
     return tokens.new_empty((1, 1, 0, 0), dtype=torch.bool)
 
 
-def _seen(attention_mask: Tensor, q: Tensor) -> Tensor:
-    """``[B, S, T]`` of a mask that transformers made, for queries ``q``."""
+def _seen(attention_mask: Tensor, q: Tensor, keys: int) -> Tensor:
+    """``[B, S, T]`` of a mask that transformers made, for queries ``q`` and so many keys."""
     shape = tuple(attention_mask.shape)
     added = attention_mask.is_floating_point()
     if len(shape) != 4 or shape[1] != 1 or not (added or attention_mask.dtype == torch.bool):
@@ -221,7 +221,8 @@ def _seen(attention_mask: Tensor, q: Tensor) -> Tensor:
             "the mask of an attention must be [B, 1, S, T] of bool or numbers to add, as "
             f"transformers makes it, got {shape} of {attention_mask.dtype}"
         )
-    mask = attention_mask[:, 0]
+    # Some families of 5.0 make it a column too wide, and leave the rest to their attention.
+    mask = attention_mask[:, 0, :, :keys]
     if added and mask.dtype != q.dtype:
         # The lowest number of a wider type would be no number, and a row of them no weights.
         mask = mask.clamp(min=torch.finfo(q.dtype).min).to(q.dtype)

@@ -12,7 +12,10 @@ TAKEN = ("sdpa", "eager")
 
 
 def way_of(decoder: Any) -> str:
-    """How a replaced decoder is told to make masks."""
+    """How a replaced decoder is told to make masks: as before, where they can be taken."""
+    way = str(decoder.config._attn_implementation)
+    if way in TAKEN:
+        return way
     return TAKEN[0] if decoder._supports_sdpa else TAKEN[1]
 
 

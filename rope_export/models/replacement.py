@@ -36,12 +36,13 @@ def replace_attention(
 
     What the model computes stays what it was: masks (windows, padding, several sequences in a
     row), caches and ``generate`` are transformers' own. Its config becomes a copy, in which
-    attention is ``"sdpa"`` (``"eager"`` where the model has no other); the object it was made
-    from, and other models made from that, stay as they are. The state dict has the same names and
-    tensors. Parameters stay the same objects, so that an optimizer made before keeps training
-    them; only where queries, keys and values are one product (Phi-3, GPT-NeoX, Falcon), norms are
-    one for each head (StableLM) or heads come from latents (DeepSeek) they become parameters of
-    their own, and an optimizer must be made after. Attention weights are no output any more.
+    attention is ``"sdpa"`` or ``"eager"`` as before, else ``"sdpa"`` where the model has it; the
+    object it was made from, and other models made from that, stay as they are. The state dict has
+    the same names and tensors. Parameters stay the same objects, so that an optimizer made before
+    keeps training them; only where queries, keys and values are one product (Phi-3, GPT-NeoX,
+    Falcon), norms are one for each head (StableLM) or heads come from latents (DeepSeek) they
+    become parameters of their own, and an optimizer must be made after. Attention weights are no
+    output any more.
 
     Every layer is compared with the module it replaces before that is let go: the decoder is run
     on three rows of up to 21 random tokens (whole, padded, and in calls with a cache), each

@@ -44,6 +44,8 @@ def stated(config: Any) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_of_the_same_config_is_left_alone(name):
     config = CASES[name].config()
+    if name == "Gemma 2":  # whose cap PyTorch's attention left out in earlier releases
+        config._attn_implementation = "eager"
     theirs, ours = built(name, config), built(name, config)
     before, said = whole(theirs, MASK), stated(config)
     assert replace_attention(ours, max_seq_len=LONGEST)
@@ -53,7 +55,7 @@ def test_a_model_of_the_same_config_is_left_alone(name):
         assert torch.equal(whole(one, MASK), before)
     assert_close(whole(ours, MASK), before)
     # And from what the replaced one has: by then that is any config.
-    assert stated(ours.config).replace("'sdpa'", "'eager'") == said.replace("'sdpa'", "'eager'")
+    assert stated(ours.config) == said
     again = built(name, copy.deepcopy(ours.config))
     assert_close(whole(again, MASK), before)
     # Within the replaced model, one config is still one object.
@@ -76,6 +78,16 @@ def test_ways_of_attention_can_be_set_on_either(name):
             assert one.get_decoder().config._attn_implementation == way
             assert_close(whole(theirs, MASK), expected)
             assert_close(whole(ours, MASK), expected)
+
+
+def test_a_way_whose_masks_it_cannot_take_is_exchanged_in_the_copy():
+    config = CASES["Mistral"].config()
+    ours, expected = built("Mistral", config), whole(built("Mistral", config), MASK)
+    config._attn_implementation = "flash_attention_2"  # as on a machine that has it
+    replace_attention(ours, max_seq_len=LONGEST)
+    assert_close(whole(ours, MASK), expected)
+    assert ours.config._attn_implementation == "sdpa"
+    assert config._attn_implementation == "flash_attention_2"
 
 
 def test_ways_whose_masks_it_cannot_take_are_refused():
