@@ -64,7 +64,8 @@ class Bound:
 def errors_against(truth: npt.NDArray[np.float64], output: npt.ArrayLike) -> Errors:
     """Compare ``output`` with ``truth``, both ``[..., tokens, width]``.
 
-    Anything that is not finite is infinitely wrong.
+    NaN is right where the truth is NaN, and there alone: PyTorch gives it where a softmax sees
+    nothing. Anything else that is not finite is infinitely wrong.
 
     Raises:
         ValueError: the shapes differ.
@@ -72,6 +73,9 @@ def errors_against(truth: npt.NDArray[np.float64], output: npt.ArrayLike) -> Err
     output = np.asarray(output, dtype=np.float64)
     if output.shape != truth.shape:
         raise ValueError(f"output has shape {output.shape}, the truth {truth.shape}")
+    undefined = np.isnan(truth)
+    if undefined.any() and np.array_equal(undefined, np.isnan(output)):
+        truth, output = np.where(undefined, 0.0, truth), np.where(undefined, 0.0, output)
     if not (np.isfinite(output).all() and np.isfinite(truth).all()):
         return Errors(math.inf, math.inf, math.inf)
     difference = output - truth

@@ -64,5 +64,8 @@ def with_stated_dtypes(program: torch.export.ExportedProgram) -> None:
     """Give every ``arange`` of a program the dtype it has, in place."""
     for node in program.graph.nodes:
         target = node.target
-        if isinstance(target, torch._ops.OpOverload) and target._schema.name == "aten::arange":
-            node.kwargs = {**node.kwargs, "dtype": node.meta["val"].dtype}
+        counts = isinstance(target, torch._ops.OpOverload) and target._schema.name == "aten::arange"
+        if counts and node.kwargs.get("dtype") is None:
+            for given in node.all_input_nodes:  # which torch.export does not keep in step
+                given.users.setdefault(node)
+            node.update_kwarg("dtype", node.meta["val"].dtype)

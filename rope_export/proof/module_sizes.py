@@ -10,7 +10,7 @@ import numpy as np
 from rope_export import runtime
 from rope_export.artifacts.cache_layout import MASK, CacheLayout
 from rope_export.errors import BadInputError
-from rope_export.exporting.labels import size_of
+from rope_export.exporting.labels import names_in, size_of
 from rope_export.exporting.signature import Signature
 from rope_export.lowering.choice import Choice
 
@@ -88,6 +88,7 @@ class Planner:
         new = new if new in free else None
         past = past if past in free else None
         others = [label for label in free if label not in (new, past)]
+        lengthy = self._lengthy(others)
         longest: dict[str, int] = {}
         for label in free:
             high = free[label][1]
@@ -104,7 +105,12 @@ class Planner:
         def sizes(batch: int, length: int, before: int = 0) -> dict[str, int]:
             chosen = {}
             for index, label in enumerate(others):
-                chosen[label] = self._signature.within(label, batch + 2 * index if batch > 1 else 1)
+                size = batch
+                if label in lengthy:  # all of them together are about as long as a sequence
+                    size = round(length ** (1 / len(lengthy)))
+                # No two alike: what reads one axis for another would not show.
+                more = 2 * (index + (label in lengthy and new is not None))
+                chosen[label] = self._signature.within(label, size + more if size > 1 else 1)
             if new is not None:
                 chosen[new] = self._signature.within(new, length)
             if past is not None:
@@ -141,6 +147,15 @@ class Planner:
                 f"--range {label}=1:N states one)"
             )
         return served, notes
+
+    def _lengthy(self, labels: Sequence[str]) -> list[str]:
+        """Labels that count no rows: they stand behind the first axis."""
+        first = {
+            name
+            for axes in self._signature.inputs.values()
+            for name in (names_in(axes[0]) if axes and isinstance(axes[0], str) else ())
+        }
+        return [label for label in labels if label not in first and label not in BATCH_LABELS]
 
     def _serves(self, case: Sizes) -> bool:
         """Whether no sequence is over the longest, and no axis below nothing."""

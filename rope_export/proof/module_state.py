@@ -49,7 +49,10 @@ def refuse_what_a_graph_cannot_keep(
             run_eagerly(used, request.output_names, draw(), "other sizes", anew=False)
         except BadInputError:  # the case itself will say so
             continue
-    name = _differing(request, first, _results(request, used), exact=False)
+    try:
+        name = _differing(request, first, _results(request, used), exact=False)
+    except BadInputError:  # what was left does not fit what comes
+        name = next(iter(first))
     if name is None:
         return
     kept = kept_by(fresh(request.module), used.module)

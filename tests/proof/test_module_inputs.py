@@ -202,6 +202,37 @@ def test_what_only_the_example_shows_is_seen(right, wrong, tmp_path):
     assert "the example" in {case.name for case in report.cases if not case.passed}
 
 
+class ByHand(nn.Module):
+    """A softmax that sees nothing is NaN in PyTorch."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return (x @ x.mT).masked_fill(~mask, -math.inf).softmax(-1) @ x
+
+
+class Mending(ByHand):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return super().forward(x, mask).nan_to_num()
+
+
+@pytest.mark.parametrize("target", ["ort", "primitive"])
+def test_rows_that_see_nothing_are_what_they_are_in_pytorch(target, tmp_path):
+    x = torch.randn(2, 8, 4, generator=torch.Generator().manual_seed(0))
+    given = {"x": x, "mask": torch.ones(2, 8, 8, dtype=torch.bool).tril(-1)}
+    labels = {"x": {0: "batch", 1: "n"}, "mask": {0: "batch", 1: "n", 2: "n"}}
+    asked: dict[str, Any] = {"kwargs": given, "dynamic_shapes": labels, "target": target}
+    result = export(ByHand(), tmp_path / "x", **asked, validate=True)
+    assert result.report.passed, result.report.to_markdown()
+    assert "output is NaN in PyTorch too" in " ".join(result.report.notes)
+    mended = validate(result, Mending(), kwargs=given)
+    assert "the example" in {case.name for case in mended.cases if not case.passed}
+
+
+def test_what_is_never_a_number_is_refused(tmp_path):
+    x = torch.full((2, 5), math.nan)
+    with pytest.raises(BadInputError, match="must give finite numbers"):
+        export(nn.Tanh(), tmp_path / "x", args=(x,))
+
+
 class Lengths(nn.Module):
     """Rows of different lengths; an index past the end raises."""
 
