@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +27,16 @@ from rope_export.proof.arrays import from_numpy, to_numpy
 from rope_export.proof.full_precision import Kept, exactly, widened
 from rope_export.proof.limits import FOLLOWS_LENGTH
 from rope_export.proof.module_inputs import Inputs, shown
+from rope_export.proof.module_sensitivity import (
+    SENSITIVE_LENGTH,
+    blind_spots,
+    few_rows,
+    sensitivities,
+)
 from rope_export.proof.module_sizes import BATCH_LABELS, Planner, Sizes
 from rope_export.proof.module_state import refuse_what_a_graph_cannot_keep
 from rope_export.proof.own_code import agreement_notes
 from rope_export.proof.reference import Semantics
-from rope_export.proof.sensitivity import defects_of
 from rope_export.rope.embedding import RotaryEmbedding
 from rope_export.runtime.token_places import (
     Array,
@@ -43,7 +49,6 @@ from rope_export.runtime.token_places import (
 from rope_export.runtime.trial import Expected, Judged, Trial, rows_of
 
 _WEIGHTS_SHARE = 0.3
-_SENSITIVITY_LENGTH = 64
 # A proof of numbers that are no numbers would prove nothing.
 _MOSTLY = 0.5
 # A module called several times may be so far off one full pass, in float64.
@@ -69,7 +74,7 @@ class ModuleCases:
         self._sensitivity: dict[str, float] | None = None
         self._drew = 0
         self._undefined: dict[str, str] = {}
-        self._proven_length = _SENSITIVITY_LENGTH
+        self._proven_length = SENSITIVE_LENGTH
         self.what = type(request.module).__name__
 
     def planned(self) -> tuple[list[Sizes], list[str]]:
@@ -123,7 +128,7 @@ class ModuleCases:
                 f"{', '.join(not_stored)}: proven at export but not stored as test vectors (64 MiB "
                 "in all)"
             )
-        return notes + self._blind_spots(trials)
+        return notes + blind_spots(self._signature, trials, self.sensitivity)
 
     def _planner(self) -> Planner:
         return Planner(
@@ -151,8 +156,17 @@ class ModuleCases:
     def sensitivity(self) -> dict[str, float]:
         """Relative change of the truth under typical defects, of the first output."""
         if self._sensitivity is None:
-            self._sensitivity = self._sensitivities()
+            self._sensitivity = sensitivities(
+                self._request.module, self._signature, self._sizes_of_sensitivity(), self._exact_at
+            )
         return self._sensitivity
+
+    def _sizes_of_sensitivity(self) -> dict[str, int]:
+        return few_rows(self._signature, min(SENSITIVE_LENGTH, self._proven_length))
+
+    def _exact_at(self, sizes: Mapping[str, int], **defect: Any) -> dict[str, Array]:
+        rng = np.random.default_rng([self._request.seed, 1 << 21])
+        return self._exact(self._tensors(self._inputs.draw(sizes, rng, ())), **defect)
 
     def _tensors(self, inputs: Mapping[str, Array]) -> list[Tensor]:
         device = self._device
@@ -401,73 +415,6 @@ class ModuleCases:
             outputs={layout.output: _placed(part, eager)},
             steps=case.steps,
         )
-
-    # What the proof would see.
-
-    def _sensitivities(self) -> dict[str, float]:
-        signature, module = self._signature, self._request.module
-        if not any(isinstance(part, Attention | RotaryEmbedding) for part in module.modules()):
-            return {}
-        sizes = {
-            label: signature.within(label, 1 if label in BATCH_LABELS else 2)
-            for label in signature.free
-        }
-        if signature.sequence in signature.free:
-            sizes[str(signature.sequence)] = signature.within(
-                str(signature.sequence), min(_SENSITIVITY_LENGTH, self._proven_length)
-            )
-        if signature.past in signature.free:
-            before = 0 if signature.sequence in signature.free else _SENSITIVITY_LENGTH
-            sizes[str(signature.past)] = signature.within(str(signature.past), before)
-        rng = np.random.default_rng([self._request.seed, 1 << 21])
-        tensors = self._tensors(self._inputs.draw(sizes, rng, ()))
-        length = self._signature.new_tokens(sizes) if signature.sequence or signature.masked else 0
-        name = next((n for n, kind in signature.kinds.items() if kind != "cache"), None)
-        if name is None:
-            return {}
-        truth = np.nan_to_num(self._exact(tensors)[name])
-        if truth.dtype.kind != "f":
-            return {}
-
-        def change(altered: dict[str, Array]) -> float:
-            return float(
-                np.linalg.norm(np.nan_to_num(altered[name]) - truth)
-                / max(float(np.linalg.norm(truth)), 1e-300)
-            )
-
-        names: dict[str, None] = {}
-        for attention in _attentions(module):
-            names |= dict.fromkeys(defects_of(Semantics.of(attention), length))
-        found = {}
-        for defect in names:
-
-            def alter(meaning: Semantics, defect: str = defect) -> Semantics:
-                return defects_of(meaning, length).get(defect, meaning)
-
-            found[defect] = change(self._exact(tensors, alter))
-        if not names and any(isinstance(m, RotaryEmbedding) for m in module.modules()):
-            mirrored = [
-                change(self._exact(tensors, mirrored=where)) for where in ("angles", "rotation")
-            ]
-            if any(mirrored):  # else the module turns by angles of its own
-                found["sine negated"] = max(mirrored)
-        return found
-
-    def _blind_spots(self, trials: Sequence[Trial]) -> list[str]:
-        """Defects that these inputs and weights would hide."""
-        name = next((n for n, kind in self._signature.kinds.items() if kind != "cache"), None)
-        bounds = [t.expected[name].bound for t in trials if name in t.expected]
-        if name is None or not bounds:
-            return []
-        allowed = max(bound.tolerance.rel for bound in bounds)
-        hidden = {n: v for n, v in self.sensitivity().items() if v < 2 * allowed}
-        if not hidden:
-            return []
-        listed = ", ".join(f"{n} ({v:.0e})" for n, v in hidden.items())
-        return [
-            f"with these weights and inputs some defects would hardly change {name} and could hide "
-            f"within the tolerance of {allowed:.0e}: {listed}"
-        ]
 
 
 def _of_different_sizes(planned: Sequence[Sizes]) -> list[Sizes]:

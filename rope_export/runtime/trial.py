@@ -57,7 +57,8 @@ def rows_of(tensor: Array, at: Places | None, kind: str) -> Array:
         kind: one of `KINDS`.
     """
     if at is None:
-        rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim > 1 else tensor.reshape(-1, 1)
+        count = int(np.prod(tensor.shape[:-1])) if tensor.ndim > 1 else tensor.size
+        rows = tensor.reshape(count, tensor.shape[-1] if tensor.ndim > 1 else 1)
     else:
         row, place = at
         found = tensor[row, place] if kind == "tokens" else tensor[row, :, place]

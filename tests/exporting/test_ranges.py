@@ -131,6 +131,18 @@ def test_sizes_that_only_multiples_have_are_refused_with_what_to_write(tmp_path)
         exported(Grouped(), tmp_path / "x", "n", size=8)
 
 
+class Differing(nn.Module):
+    """Of one token there is no difference: an output without numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.diff(dim=1)
+
+
+def test_outputs_may_be_empty(tmp_path):
+    result = exported(Differing(), tmp_path / "x", "n")
+    assert result.report.passed, result.report.to_markdown()
+
+
 class Square(nn.Module):
     """Reads the sequence twice: S x S."""
 
