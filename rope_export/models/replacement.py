@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from rope_export.errors import BadInputError
 from rope_export.models.comparison import Comparison, Pair
 from rope_export.models.decoder_attention import DecoderAttention, whole_rows
-from rope_export.models.keywords import cache_of
+from rope_export.models.keywords import cache_of, transformers_version
 from rope_export.models.own_config import give_own_config, way_of
 from rope_export.pretrained.families import FAMILIES
 from rope_export.pretrained.geometry import family_of, layers_of
@@ -87,7 +87,8 @@ def replace_attention(
             found[path_of_model] = decoder.get_submodule(path)
         except AttributeError:
             raise BadInputError(
-                f"{type(model).__name__} has no module {path_of_model!r}, which family {name} has"
+                f"{type(model).__name__} of transformers {transformers_version()} has no module "
+                f"{path_of_model!r}, which family {name} has"
             ) from None
     if all(isinstance(module, DecoderAttention) for module in found.values()):
         return []
@@ -240,8 +241,8 @@ def _check(path: str, theirs: nn.Module, geometry: Layer) -> None:
     for name in sorted({*shapes, *found}):
         if name not in found or name not in shapes:
             raise BadInputError(
-                f"{path} {'lacks' if name not in found else 'has'} {name!r}, unlike family "
-                f"{geometry.family} as its config states it"
+                f"{path} {'lacks' if name not in found else 'has'} {name!r} in transformers "
+                f"{transformers_version()}, unlike family {geometry.family} as its config states it"
             )
         tensor = found[name]
         if type(tensor.data) is not Tensor or not tensor.is_floating_point():
@@ -251,7 +252,8 @@ def _check(path: str, theirs: nn.Module, geometry: Layer) -> None:
             )
         if tuple(tensor.shape) != shapes[name]:
             raise BadInputError(
-                f"{path}.{name} must be {shapes[name]} by its config, got {tuple(tensor.shape)}"
+                f"{path}.{name} must be {shapes[name]} by its config, got {tuple(tensor.shape)} "
+                f"(transformers {transformers_version()})"
             )
 
 

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import LONGEST
 from decoders import original, replaced, tokens
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, BloomConfig, BloomModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    BloomConfig,
+    BloomModel,
+    DacConfig,
+    DacModel,
+    ModernBertDecoderConfig,
+    ModernBertDecoderForCausalLM,
+)
 
 from rope_export import BadInputError
 from rope_export.dispatch import lowering_to
@@ -23,6 +34,11 @@ pytestmark = [
     ),
     pytest.mark.filterwarnings("ignore:# The axis name:UserWarning"),
 ]
+
+
+FIRST_TOKEN = dict.fromkeys(
+    ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0
+)
 
 
 # What is refused.
@@ -123,10 +139,22 @@ def test_what_is_no_decoder_of_transformers_is_refused():
     with torch.device("meta"):
         bert = BertModel(BertConfig(**small, intermediate_size=16, vocab_size=8))
         bloom = BloomModel(BloomConfig(hidden_size=16, n_layer=1, n_head=2, vocab_size=8))
-    for unknown in (bert, bloom):
-        with pytest.raises(BadInputError, match=r"model_type '(bert|bloom)' is not known"):
+        # Whose head is called "decoder", and which has a part of that name that is no model.
+        modern = ModernBertDecoderForCausalLM(
+            ModernBertDecoderConfig(**small, intermediate_size=16, vocab_size=8, **FIRST_TOKEN)
+        )
+        sounds = DacModel(DacConfig(encoder_hidden_size=8, decoder_hidden_size=32))
+    for unknown in (bert, bloom, modern, sounds):
+        with pytest.raises(
+            BadInputError, match=r"model_type '(bert|bloom|modernbert-decoder|dac)' is not known"
+        ):
             replace_attention(unknown)
-    with pytest.raises(BadInputError, match=r"has no module 'gpt_neox\.layers\.0\.self_attn'"):
+        with pytest.raises(BadInputError, match="no attention of this package"):
+            DecoderWithCache(unknown)
+    version = re.escape(transformers.__version__)
+    with pytest.raises(
+        BadInputError, match=version + r" has no module 'gpt_neox\.layers\.0\.self_attn'"
+    ):
         replace_attention(original("GPT-NeoX"), family="phi")
     with pytest.raises(BadInputError, match="both ways"):
         replace_attention(original("RoFormer"))
