@@ -314,7 +314,7 @@ def test_a_tensor_for_arguments_is_refused(tmp_path):
         export(module_of(linear), tmp_path / "x", args=X)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 @pytest.mark.parametrize("scripted", [torch.jit.script, lambda m: torch.jit.trace(m, X)])
 def test_torchscript_is_refused_by_name(tmp_path, scripted):
     for module, name in (

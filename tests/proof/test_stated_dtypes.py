@@ -51,6 +51,7 @@ ASKED: dict[str, Callable[..., list[Any]]] = {
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ASKED)
 def test_dtypes_are_those_of_an_ordinary_run(name, dtype):
