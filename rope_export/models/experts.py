@@ -7,6 +7,8 @@ from torch import nn
 from rope_export.errors import BadInputError
 
 _WAY = "batched_mm"
+# What every 5.x notes on modules whose experts it computes in one of several ways.
+_NOTED = ("has_bias", "is_transposed")
 
 
 def refuse_experts(model: nn.Module) -> None:
@@ -17,7 +19,7 @@ def refuse_experts(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         way = getattr(getattr(module, "config", None), "_experts_implementation", None)
-        if hasattr(module, "_is_expert_parallel") and way != _WAY:
+        if all(hasattr(module, noted) for noted in _NOTED) and way != _WAY:
             raise BadInputError(
                 f"{name} computes its experts by {way!r}, for which ONNX has no operator: call "
                 f"model.set_experts_implementation({_WAY!r}), which gathers the weights of every "
