@@ -10,8 +10,8 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper
+from rope_export._cli import run
 
-from cli.main import run
 from rope_export import ProviderUnavailableError, export, replay, runtime
 from rope_export.artifacts.targets import IR_VERSIONS
 from rope_export.runtime import findings, providers, required, session
