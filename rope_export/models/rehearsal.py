@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 # Longer windows are run as windows of so many tokens.
 NARROW = 8
@@ -120,13 +119,21 @@ def called(module: nn.Module, x: Tensor, args: Sequence[Any], kwargs: Mapping[st
         taken = tuple(args)
     else:
         taken = (x, *args[1:])
-    taken, given = tree_map(_wide, (taken, given))
+    taken, given = _wide(taken), _wide(given)
     result = type(module).forward(module, *taken, **given)
     output: Tensor = result[0] if isinstance(result, tuple) else result
     return output.detach().float().cpu()
 
 
 def _wide(value: Any) -> Any:
+    """In float32; caches stay the objects they are, also where PyTorch is told how to rebuild them.
+
+    transformers tells it so (``register_dynamic_cache_export_support``) when it exports.
+    """
+    if type(value) in (tuple, list):
+        return type(value)(map(_wide, value))
+    if type(value) is dict:
+        return {name: _wide(held) for name, held in value.items()}
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.as_subclass(Tensor).float()
     return value

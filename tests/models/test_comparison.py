@@ -11,6 +11,7 @@ import transformers
 from checkpoints import LONGEST, randomise
 from decoders import assert_close, original, tokens
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from rope_export import BadInputError
 from rope_export.models.replacement import replace_attention
@@ -217,3 +218,17 @@ def test_without_numbers_only_what_a_configuration_says_is_known():
 
 def made_on_meta(kind: str) -> Any:
     return transformers.AutoModel.from_config(getattr(transformers, f"{kind}Config")(**SMALL))
+
+
+def test_caches_that_pytorch_is_told_how_to_rebuild_are_still_written_to(monkeypatch):
+    """As transformers registers its own when it exports: whoever maps over them gets another."""
+    kind = transformers.DynamicCache
+
+    def apart(cache: Any) -> Any:
+        return [layer.keys for layer in cache.layers], None
+
+    def rebuilt(_: Any, __: Any) -> Any:
+        return kind()
+
+    monkeypatch.setitem(pytree.SUPPORTED_NODES, kind, pytree.NodeDef(kind, apart, rebuilt, None))
+    assert len(replace_attention(original("Llama 3"))) == 2
