@@ -214,19 +214,33 @@ def give_config(model: nn.Module, decoder: Any, way: str) -> None:
 
 
 def keep_angles_in_float32(decoder: Any) -> None:
-    """Have rotary embeddings round nothing, where the model is in half precision."""
+    """Have rotary embeddings round nothing, where the model is or was in half precision."""
     for part in decoder.modules():
         kind = type(part)
         if "Rotary" not in kind.__name__ or kind.__module__.startswith("rope_export"):
             continue
-        rounded = [b for b in part._buffers.values() if b is not None and b.dtype in _HALF]
-        if rounded and "config" in inspect.signature(kind).parameters:
+        if "config" in inspect.signature(kind).parameters:
             made: Any = kind
-            fresh = made(config=decoder.config).to(rounded[0].device)
-            part._buffers.update(fresh._buffers)
+            fresh = made(config=decoder.config)._buffers
+            held = part._buffers
+            if any(_is_rounded(held.get(name), exact) for name, exact in fresh.items()):
+                device = next(b.device for b in held.values() if b is not None)
+                held.update({n: None if b is None else b.to(device) for n, b in fresh.items()})
         whole = part.forward
 
         def forward(x: Tensor, *args: Any, whole: Any = whole, **kwargs: Any) -> Any:
             return whole(x.float(), *args, **kwargs)
 
         vars(part)["forward"] = forward
+
+
+def _is_rounded(held: Tensor | None, exact: Tensor | None) -> bool:
+    """Whether a buffer is in half precision, or went through it."""
+    if held is None or exact is None or not held.is_floating_point():
+        return False
+    if held.dtype in _HALF:
+        return True
+    now, meant = held.detach().cpu(), exact.detach().cpu().to(held.dtype)
+    if now.shape != meant.shape or torch.equal(now, meant):
+        return False
+    return any(torch.equal(now, meant.to(half).to(now.dtype)) for half in _HALF)

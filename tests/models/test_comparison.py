@@ -232,3 +232,10 @@ def test_caches_that_pytorch_is_told_how_to_rebuild_are_still_written_to(monkeyp
 
     monkeypatch.setitem(pytree.SUPPORTED_NODES, kind, pytree.NodeDef(kind, apart, rebuilt, None))
     assert len(replace_attention(original("Llama 3"))) == 2
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_a_model_that_went_through_half_precision_is_replaced(half):
+    """Its rotary embedding keeps rounded frequencies; those of its replacement are exact."""
+    model = original("Llama 3").to(half).float()
+    assert len(replace_attention(model)) == 2
