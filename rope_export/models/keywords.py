@@ -50,8 +50,9 @@ def cache_keyword(model: nn.Module) -> str:
 
 def cache_of(given: Mapping[str, Any]) -> Any:
     """The cache among arguments, by whatever name; None where there is none."""
+    there = set(given.keys())  # an output of transformers warns when it is asked for an old name
     for name in CACHE_NAMES:
-        if given.get(name) is not None:
+        if name in there and given[name] is not None:
             return given[name]
     return None
 
