@@ -33,6 +33,11 @@ _SAID = (
         "torch.enable_grad(), torch.autograd and tensors kept outside out of forward",
     ),
     (
+        "unhashable type: non-nested SymInt",
+        "keeps what it computes by a length (a dictionary or functools.lru_cache whose key is a "
+        "size), which a graph has none of: compute it in each call",
+    ),
+    (
         "Only Tensors created explicitly by the user",
         "copies tensors that were computed (copy.deepcopy): use clone()",
     ),

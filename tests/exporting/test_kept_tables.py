@@ -213,6 +213,22 @@ def test_rotary_embedding_torch_as_it_comes(warm, tmp_path):
     assert abs(session.run(None, {"x": x})[0] - expected).max() < 1e-5
 
 
+class ByLength(Keeping):
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[Any, tuple[Tensor, Tensor]] = {}
+
+    def tables(self, length: Any) -> tuple[Tensor, Tensor]:
+        if length not in self.kept:
+            self.kept[length] = self.made(length)
+        return self.kept[length]
+
+
+def test_tables_found_by_their_length_are_refused(tmp_path):
+    with pytest.raises(BadInputError, match=r"`if length not in self.kept:` keeps .* by a length"):
+        exported(ByLength().eval(), tmp_path / "x")
+
+
 class Counting(nn.Module):
     """Positions go on from where the last call ended."""
 
