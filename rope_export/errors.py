@@ -20,3 +20,9 @@ class ExportError(RopeExportError):
 
 class ProviderUnavailableError(RopeExportError):
     """An execution provider that was asked for cannot be used on this machine."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)[:400]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from rope_export.errors import BadInputError, RopeExportError
+from rope_export.errors import BadInputError, RopeExportError, first_line
 
 _Frame = tuple[str, int, str]
 """File, number and function."""
@@ -25,12 +25,6 @@ def blamed(error: BaseException) -> str:
     """The last line of the caller's own code that led to ``error``: file, number and text."""
     frames = traceback.extract_tb(error.__traceback__)
     return _own((frame.filename, frame.lineno or 0, frame.name) for frame in frames) or "the module"
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
 
 
 @contextmanager

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from rope_export.errors import BadInputError
-from rope_export.exporting.blame import blamed, first_line, line_of
+from rope_export.errors import BadInputError, first_line
+from rope_export.exporting.blame import blamed, line_of
 
 _DATA_DEPENDENT = (
     "depends on the values of a tensor, which a graph cannot follow: use torch.where, torch.cond "

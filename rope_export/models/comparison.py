@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rope_export import runtime
 from rope_export.attention.block import Attention, Cache
-from rope_export.errors import BadInputError, RopeExportError
+from rope_export.errors import BadInputError, RopeExportError, first_line
 from rope_export.models.decoder_attention import DecoderAttention
 from rope_export.models.keywords import cache_keyword, cache_of
 from rope_export.models.rehearsal import (
@@ -245,10 +245,9 @@ class Comparison:
         except RopeExportError:
             raise
         except Exception as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), "")
             raise BadInputError(
                 f"{type(decoder).__name__} raises {type(error).__name__} on {tuple(tokens.shape)} "
-                f"random tokens, with which its attention is compared: {first}"
+                f"random tokens, with which its attention is compared: {first_line(error)}"
             ) from error
         return made
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rope_export.errors import BadInputError, RopeExportError
+from rope_export.errors import BadInputError, RopeExportError, first_line
 from rope_export.models.decoder_attention import DecoderAttention
 from rope_export.models.decoder_with_cache import DecoderWithCache
 from rope_export.models.keywords import cache_keyword, cache_of
@@ -109,10 +109,9 @@ def _both(
                 except RopeExportError:
                     raise
                 except Exception as error:
-                    first = next((t for t in str(error).splitlines() if t.strip()), "")
                     raise BadInputError(
                         f"{type(model).__name__} raises {type(error).__name__} with transformers' "
-                        f"own attention, with which it is compared: {first}"
+                        f"own attention, with which it is compared: {first_line(error)}"
                     ) from error
                 cache = cache_of(result)
                 own.append(result["logits"] if "logits" in result else result["last_hidden_state"])

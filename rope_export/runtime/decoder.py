@@ -11,7 +11,7 @@ import numpy.typing as npt
 from rope_export.artifacts.artifact import Artifact
 from rope_export.artifacts.cache_layout import MASK, CacheLayout
 from rope_export.checks import positive_integer
-from rope_export.errors import BadInputError
+from rope_export.errors import BadInputError, first_line
 from rope_export.runtime import required
 from rope_export.runtime.decoder_steps import (
     BoundStep,
@@ -20,7 +20,6 @@ from rope_export.runtime.decoder_steps import (
     check_capturable,
     uncaptured,
 )
-from rope_export.runtime.providers import first_line
 from rope_export.runtime.session import Session, on_device, to_ort
 
 Array = npt.NDArray[Any]

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rope_export.artifacts.cache_layout import MASK, CacheLayout
-from rope_export.errors import BadInputError
-from rope_export.runtime.providers import first_line, onnxruntime_module
+from rope_export.errors import BadInputError, first_line
+from rope_export.runtime.providers import onnxruntime_module
 from rope_export.runtime.session import Session, from_ort, on_device, room_for, to_ort
 
 Array = npt.NDArray[Any]

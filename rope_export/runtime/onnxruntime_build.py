@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rope_export.artifacts.targets import ENDPOINTS
+from rope_export.errors import first_line
 from rope_export.runtime import packages, providers
 from rope_export.runtime.libraries import missing_libraries
 
@@ -43,7 +44,7 @@ class Onnxruntime:
             module = providers.onnxruntime_module()
             version, _ = str(module.__version__), module.InferenceSession
         except Exception as error:  # a library that does not load, a package half removed
-            return cls(None, providers.first_line(error), distributions, None, None, None)
+            return cls(None, first_line(error), distributions, None, None, None)
         return cls(
             version,
             None,
@@ -98,7 +99,7 @@ class Provider:
                 return cls(True)
             reason = providers.unavailable_reason(name)
         except Exception as error:  # onnx is missing, of which the graph is made, or worse
-            return cls(False, providers.first_line(error))
+            return cls(False, first_line(error))
         if reason is None:
             return cls(True)
         built_in = providers.onnxruntime_module().get_available_providers()

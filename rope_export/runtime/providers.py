@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rope_export.artifacts.targets import ENDPOINTS
-from rope_export.errors import BadInputError, ProviderUnavailableError
+from rope_export.errors import BadInputError, ProviderUnavailableError, first_line
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -128,12 +128,6 @@ def open_session(
     if provider != "cpu":
         providers.append(ENDPOINTS["cpu"])  # for shape arithmetic; checked afterwards
     return ort.InferenceSession(model, options, providers=providers)
-
-
-def first_line(error: BaseException) -> str:
-    """First line of the runtime's message."""
-    text = str(error).strip().splitlines()
-    return text[0][:400] if text else type(error).__name__
 
 
 def environment() -> dict[str, Any]:

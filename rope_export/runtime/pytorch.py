@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rope_export.errors import first_line
 from rope_export.runtime.packages import version_of
-from rope_export.runtime.providers import first_line
 
 OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from rope_export.artifacts.artifact import Artifact
-from rope_export.errors import ProviderUnavailableError
+from rope_export.errors import ProviderUnavailableError, first_line
 from rope_export.runtime import packages
 from rope_export.runtime.onnxruntime_build import Onnxruntime
-from rope_export.runtime.providers import first_line, onnxruntime_module
+from rope_export.runtime.providers import onnxruntime_module
 
 DECLARED = "1.24"  # as in pyproject.toml: what export needs, and graphs of which nothing is known
 OLDEST = {"ort": DECLARED, "onnx": DECLARED, "primitive": "1.15"}

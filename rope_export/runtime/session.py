@@ -13,10 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rope_export.artifacts.targets import ENDPOINTS
-from rope_export.errors import ProviderUnavailableError
+from rope_export.errors import ProviderUnavailableError, first_line
 from rope_export.runtime import required
 from rope_export.runtime.providers import (
-    first_line,
     onnxruntime_module,
     open_session,
     quiet,
