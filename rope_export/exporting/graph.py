@@ -168,6 +168,12 @@ def _name_inside(model: ir.Model, sources: Mapping[str, str], prefix: str) -> No
         if taken[name] > 1 or name == "constant":
             name = f"{name}_{taken[name]}"
         value.name = name
+    scanned = {
+        id(value)
+        for node in model.graph.all_nodes()
+        if node.op_type == "Scan" and "body" in node.attributes
+        for value in node.attributes["body"].as_graph().outputs
+    }
     counts: Counter[str] = Counter()
     for node in model.graph.all_nodes():
         counts[node.op_type] += 1
@@ -177,8 +183,9 @@ def _name_inside(model: ir.Model, sources: Mapping[str, str], prefix: str) -> No
                 continue
             value.name = node.name if index == 0 else f"{node.name}_{index}"
             # Shapes in between speak of the tracer's symbols; runtimes infer their own. What a
-            # subgraph returns must keep its type.
-            value.shape = None
+            # subgraph returns must keep its type, and a scanned one its rank.
+            known = id(value) in scanned and value.shape is not None
+            value.shape = ir.Shape([None] * len(value.shape or ())) if known else None
             if not value.is_graph_output():
                 value.type = None
 

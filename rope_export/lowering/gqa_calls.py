@@ -33,6 +33,8 @@ from rope_export.lowering.rules import BLOCKS_TO_WIN
 _PAST_KEY, _PAST_VALUE, _LAST_INDEX, _TOTAL, _SINKS = 3, 4, 5, 6, ops.SINKS
 _TO_THE_END = 2**62
 Emit = Callable[[Tape], Sequence[ir.Value]]
+# What the graph decides while it runs, or what its fixed sizes have decided.
+Condition = ir.Value | bool
 
 
 def expand(model: ir.Model) -> None:
@@ -42,6 +44,22 @@ def expand(model: ir.Model) -> None:
             _Expansion(model.graph, node).replace()
             model.opset_imports["com.microsoft"] = 1
     model.opset_imports.pop(OWN_DOMAIN, None)
+
+
+def _both(tape: Tape, one: Condition, other: Condition) -> Condition:
+    if isinstance(one, bool):
+        return other if one else False
+    if isinstance(other, bool):
+        return one if other else False
+    return tape.op("And", [one, other])
+
+
+def _any(tape: Tape, one: Condition, other: Condition) -> Condition:
+    if isinstance(one, bool):
+        return True if one else other
+    if isinstance(other, bool):
+        return True if other else one
+    return tape.op("Or", [one, other])
 
 
 class _Expansion:
@@ -71,25 +89,23 @@ class _Expansion:
     def replace(self) -> None:
         """Put the control flow in the place of the node."""
         tape = Tape()
-        batch, length = self._size(tape, 0), self._size(tape, 1)
-        total = tape.op("Cast", [self.inputs[_TOTAL]], {"to": ir.DataType.INT64})
-        first_call = tape.op("Equal", [length, total])
+        batch, length = self._count(tape, 0), self._count(tape, 1)
+        first_call: Condition = True
+        if self.has_past:
+            total = tape.op("Cast", [self.inputs[_TOTAL]], {"to": ir.DataType.INT64})
+            first_call = self._compared(tape, "Equal", length, total)
         emit: Emit = self._one_call
         if self.block:
-            limit = self._constant(BLOCKS_TO_WIN * self.block)
-            long = tape.op("Greater", [length, limit])
-            if self.has_past:
-                long = tape.op("And", [first_call, long])
+            long = self._compared(tape, "Greater", length, BLOCKS_TO_WIN * self.block)
+            long = _both(tape, first_call, long)
             emit = self._either("blocks", long, self._blocks, self._one_call)
         if self.by_rows:
-            alone = tape.op("Equal", [batch, self._constant(1)])
+            alone = self._compared(tape, "Equal", batch, 1)
             if not self.single:
-                one_token = tape.op("Equal", [length, self._constant(1)])
-                alone = tape.op("Or", [alone, one_token])
-            whole = tape.op("Or", [first_call, alone])
-            emit = self._either("rows", whole, emit, self._rows)
+                alone = _any(tape, alone, self._compared(tape, "Equal", length, 1))
+            emit = self._either("rows", _any(tape, first_call, alone), emit, self._rows)
         if self.single:
-            one_token = tape.op("Equal", [length, self._constant(1)])
+            one_token = self._compared(tape, "Equal", length, 1)
             emit = self._either("single", one_token, self._one_token, emit)
         results = emit(tape)
         for old, new in zip(self.outputs, results, strict=True):
@@ -98,7 +114,10 @@ class _Expansion:
         self.graph.insert_before(self.node, tape.nodes)
         self.graph.remove(self.node, safe=True)
 
-    def _either(self, name: str, condition: ir.Value, then: Emit, otherwise: Emit) -> Emit:
+    def _either(self, name: str, condition: Condition, then: Emit, otherwise: Emit) -> Emit:
+        if isinstance(condition, bool):
+            return then if condition else otherwise
+
         def emit(tape: Tape) -> Sequence[ir.Value]:
             branches = {
                 f"{which}_branch": self._subgraph(f"{name}_{which}", make)
@@ -193,7 +212,11 @@ class _Expansion:
             rows = iter([inner.op("Unsqueeze", [entry, axis]) for entry in entries])
             inputs = [None if value is None else next(rows) for value in stacked]
             results = self._call(inner, [*inputs, total, *self.inputs[_TOTAL + 1 :]])
-            return [inner.op("Squeeze", [result, axis]) for result in results[:count]]
+            of_entry = [inner.op("Squeeze", [result, axis]) for result in results[:count]]
+            # [S, width] and [heads, T, head_dim]: onnxruntime 1.24 wants to know of a Scan.
+            for value, rank in zip(of_entry, (2, 3, 3), strict=False):
+                value.shape = ir.Shape([None] * rank)
+            return of_entry
 
         attributes: dict[str, Any] = {
             "body": self._subgraph("scan", body, entries),
@@ -271,6 +294,22 @@ class _Expansion:
     ) -> ir.Value:
         ends = [self._constant(v, 1) if isinstance(v, int) else v for v in (start, end)]
         return tape.op("Slice", [x, *ends, self._constant(axis, 1)])
+
+    def _count(self, tape: Tape, axis: int) -> ir.Value | int:
+        """Rows (0) or tokens (1) of this call: a number where it is always the same.
+
+        A condition on constants would be left to the runtime to fold, of which some cannot.
+        """
+        size = None if self.q.shape is None else self.q.shape[axis]
+        return size if isinstance(size, int) else self._size(tape, axis)
+
+    def _compared(
+        self, tape: Tape, operator: str, one: ir.Value | int, other: ir.Value | int
+    ) -> Condition:
+        if isinstance(one, int) and isinstance(other, int):
+            return one == other if operator == "Equal" else one > other
+        sides = [self._constant(x) if isinstance(x, int) else x for x in (one, other)]
+        return tape.op(operator, sides)
 
     def _size(self, tape: Tape, axis: int, rank: int = 0) -> ir.Value:
         size = tape.op("Shape", [self.q], {"start": axis, "end": axis + 1})
