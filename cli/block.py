@@ -29,6 +29,7 @@ Examples:
   rope-export block --hidden 4096 --heads 32 --kv-heads 8 --theta 500000 --dtype float16
   rope-export block --seq 131072 --theta 500000 --scaling @rope_parameters.json
   rope-export block --cache --window 512 --kv-heads 4 --seq 8192
+  rope-export block --cache window --window 512 --kv-heads 4 --seq 32768
   rope-export block --from ~/models/Qwen3-8B --layer 3 --cache --dtype float16
   rope-export block --seq 8192 --target onnx --layout interleaved --out exported/standard"""
 )
@@ -41,9 +42,13 @@ Examples:
 @source_options
 @click.option(
     "--cache",
-    is_flag=True,
+    is_flag=False,
+    flag_value="full",
+    default=None,
+    type=click.Choice(["full", "window"]),
     help="Keys and values of earlier tokens as inputs and outputs, and an attention mask: one "
-    "graph for prefill, chunks and decoding.",
+    "graph for prefill, chunks and decoding. 'window' keeps those of --window N only, so that "
+    "memory and a token's time do not follow the length; --cache alone keeps all ('full').",
 )
 @click.option(
     "--attention-mask",
@@ -89,7 +94,7 @@ def block(
     /,
     *,
     seq: int | None,
-    cache: bool,
+    cache: str | None,
     attention_mask: bool,
     padding: str,
     position_ids: bool,
@@ -131,9 +136,12 @@ def block(
     widened = source.widened(providers or ("cpu",))
     attention = source.make(longest, seed, dtype="float32" if widened else None)
     shape = source.describe(longest, str(attention.dtype).removeprefix("torch."))
+    if cache == "window" and attention.window is None:
+        whose = "--window N" if source.layer is None else "a layer that has one (--layer)"
+        raise click.UsageError(f"--cache window needs a window: give {whose}")
     interface: dict[str, Any] = {
         "position_ids": position_ids,
-        "cache": cache,
+        "cache": cache if cache == "window" else cache is not None,
         "attention_mask": attention_mask,
         "padding": padding,
         "static": static,

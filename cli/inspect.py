@@ -323,7 +323,8 @@ def _attention(use: AttentionUse) -> str:
     if use.kv_heads is not None:
         parts.append(f"{use.kv_heads} key/value heads")
     if use.window is not None:
-        parts.append(f"window {use.window}")
+        kept = ", of which alone the cache holds keys and values" if use.window_cache else ""
+        parts.append(f"window {use.window}{kept}")
     scores = {
         "always": "a score for every pair of tokens is in memory",
         "on cpu": "a score for every pair of tokens is in memory on onnxruntime's CPU provider",

@@ -121,6 +121,10 @@ def _checked(config: dict[str, Any]) -> tuple[dict[str, str], tuple[Vector, ...]
     kinds = set(_typed(graph, "outputs", dict).values())
     if not kinds <= {"tokens", "cache", "whole"}:
         raise ValueError(f"outputs are {', '.join(sorted(map(str, kinds)))}")
+    windows = graph.get("windows", {})
+    for name, window in windows.items():
+        if graph["outputs"].get(name) != "cache" or type(window) is not int or window < 1:
+            raise ValueError(f"the window of {name!r} is {window!r}")
     texts = [*_typed(config, "notes", list), *graph["passed_over"], *graph["branches"]]
     texts += [reason for reason in graph["runs_on"].values() if reason is not None]
     if not all(isinstance(text, str) for text in texts):

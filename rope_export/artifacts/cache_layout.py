@@ -6,9 +6,30 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 PADDINGS = ("right", "left")
 KINDS = ("key", "value")
 MASK = "attention_mask"
+WINDOW = "window"
+
+
+def resident(tokens: npt.ArrayLike, window: int, capacity: int) -> npt.NDArray[np.int64]:
+    """How many of so many tokens lie in a cache of the window: the latest, from slot 0 on.
+
+    ``capacity - window + 1`` slots are freed at once when a token finds all of them taken.
+
+    Args:
+        tokens: of each row.
+        window: tokens that must be there.
+        capacity: slots.
+    """
+    counted = np.asarray(tokens, dtype=np.int64)
+    freed = capacity - window + 1
+    over = np.maximum(counted - capacity, 0)
+    found: npt.NDArray[np.int64] = counted - freed * -(-over // freed)
+    return found
 
 
 @dataclass(frozen=True)
@@ -19,11 +40,15 @@ class LayerCache:
         num_kv_heads: key and value heads.
         head_dim: width of a key.
         value_head_dim: width of a value.
+        window: latest tokens that are kept at least; 0: all are.
+        slots: with a window, how many tokens the graph has room for; 0: any from the window on.
     """
 
     num_kv_heads: int
     head_dim: int
     value_head_dim: int
+    window: int = 0
+    slots: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,6 +84,11 @@ class CacheLayout:
     mask: bool = True
     ragged: bool = True
 
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The windows of those layers that keep no more."""
+        return tuple(dict.fromkeys(layer.window for layer in self.layers if layer.window))
+
     def names(self) -> Iterator[tuple[str, str, int, int]]:
         """Input, output, heads and width of every past and present tensor, in the graph's order."""
         for index, layer in enumerate(self.layers):
@@ -83,8 +113,12 @@ class CacheLayout:
         numbers = [entry for layer in layers for entry in asdict(layer).items()]
         numbers += [(name, content[name]) for name in ("capacity", "position_axes")]
         for name, value in numbers:
-            if type(value) is not int or value < (0 if name == "position_axes" else 1):
+            least = 0 if name in ("position_axes", "window", "slots") else 1
+            if type(value) is not int or value < least:
                 raise ValueError(f"{name!r} of the cache is {value!r}")
+        for layer in layers:
+            if layer.slots and not 0 < layer.window <= layer.slots:
+                raise ValueError(f"a window of {layer.window} in {layer.slots} slots of the cache")
         for name in ("packs_rows", "by_rows", "mask", "ragged"):
             if type(content[name]) is not bool:
                 raise TypeError(f"{name!r} of the cache is {content[name]!r}, not bool")

@@ -16,6 +16,7 @@ from rope_export.attention.norm import Norm
 from rope_export.attention.specs import Latent, QKNorm
 from rope_export.attention.tokens import Tokens
 from rope_export.attention.visibility import token_order, visible_keys
+from rope_export.attention.window_cache import WindowCall, check_capacity
 from rope_export.attention.written_out import attend_explicitly
 from rope_export.checks import finite_number, positive_integer
 from rope_export.errors import BadInputError
@@ -55,6 +56,8 @@ class Attention(nn.Module):
         qkv_bias: biases on the query, key and value projections.
         out_bias: bias on the output projection.
         scale: factor on the scores (default ``head_dim ** -0.5``).
+        window_cache: whether a past holds no more than the window (and what there is room for
+            beside it), instead of all tokens; needs ``window``, and says nothing to training.
 
     Raises:
         BadInputError: an argument is out of range; the message names it and its value.
@@ -79,6 +82,7 @@ class Attention(nn.Module):
         qkv_bias: bool = False,
         out_bias: bool = False,
         scale: float | None = None,
+        window_cache: bool = False,
     ) -> None:
         super().__init__()
         hidden_size = positive_integer("hidden_size", hidden_size)
@@ -127,6 +131,22 @@ class Attention(nn.Module):
         self.q_norm = Norm(norm, num_heads, head_dim) if norm else None
         self.k_norm = Norm(norm, num_kv_heads, head_dim) if norm else None
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
+        self.window_cache = window_cache
+        if window_cache:
+            self.check_window_cache()
+
+    def check_window_cache(self) -> None:
+        """Check that a cache may hold the window only.
+
+        Raises:
+            BadInputError: there is no window, or tokens see later ones.
+        """
+        if self.window is None:
+            raise BadInputError(
+                "a cache of the window needs attention with a window, got window=None"
+            )
+        if not self.causal:
+            raise BadInputError("a cache of the window needs causal attention, got causal=False")
 
     @classmethod
     def from_checkpoint(
@@ -208,12 +228,38 @@ class Attention(nn.Module):
             for name, value in (("window", self.window), ("softcap", self.softcap))
             if value is not None
         ]
-        return ", ".join([*parts, *(["sinks=True"] if self.sinks is not None else [])])
+        parts += [
+            f"{name}=True"
+            for name, there in (
+                ("sinks", self.sinks is not None),
+                ("window_cache", self.window_cache),
+            )
+            if there
+        ]
+        return ", ".join(parts)
 
-    def empty_cache(self, batch: int = 1) -> Cache:
-        """A past of no tokens, to begin with: ``[batch, num_kv_heads, 0, head_dim]`` twice."""
+    def empty_cache(self, batch: int = 1, *, capacity: int | None = None) -> Cache:
+        """A past of no tokens, to begin with: ``[batch, num_kv_heads, 0, head_dim]`` twice.
+
+        With ``window_cache`` there are ``capacity`` slots instead of 0: the window (default) or
+        more. Keys then move every ``capacity - window + 1`` tokens instead of with each.
+
+        Raises:
+            BadInputError: the capacity is less than the window, or there is no window cache.
+        """
+        slots = 0
+        if self.window_cache:
+            assert self.window is not None
+            slots = self.window if capacity is None else positive_integer("capacity", capacity)
+            check_capacity("capacity", slots, self.window)
+        elif capacity is not None:
+            raise BadInputError(
+                f"capacity is of a cache of the window (window_cache=True), got {capacity}"
+            )
         key, value = (
-            torch.empty(batch, self.num_kv_heads, 0, width, dtype=self.dtype, device=self.device)
+            torch.zeros(
+                batch, self.num_kv_heads, slots, width, dtype=self.dtype, device=self.device
+            )
             for width in (self.head_dim, self.value_head_dim)
         )
         return key, value
@@ -259,13 +305,15 @@ class Attention(nn.Module):
             offset: added to implied positions, as an int or a 0-d integer tensor.
             past: rotated keys ``[B, num_kv_heads, P, head_dim]`` and values
                 ``[B, num_kv_heads, P, value_head_dim]`` of earlier tokens, as an earlier call or
-                `empty_cache` returned them.
+                `empty_cache` returned them. With ``window_cache``, ``P`` is its capacity, and the
+                mask must say how many tokens there were.
             attention_mask: ``[B, P + S]``, 1 for a real token and 0 for padding, past first. A
                 token's place in its row is the number of ones before it. Outputs at padded
-                positions are unspecified.
+                positions are unspecified. With ``window_cache`` ``[B, T]`` of the whole sequence.
 
         Returns:
-            ``[B, S, hidden_size]``; with ``past`` also the cache of ``P + S`` tokens.
+            ``[B, S, hidden_size]``; with ``past`` also the cache of ``P + S`` tokens, or of the
+            latest ones in as many slots as ``past`` has.
 
         Raises:
             BadInputError: a shape or dtype does not fit.
@@ -276,9 +324,14 @@ class Attention(nn.Module):
             context, present = target.attend(self, tokens)
             lowered: Tensor = self.o_proj(context)
             return lowered if present is None else (lowered, present)
+        self.check_inputs(hidden_states, past, attention_mask)
+        if past is not None and self.window_cache:
+            assert attention_mask is not None  # checked
+            return self._with_window_cache(
+                hidden_states, past, attention_mask, position_ids=position_ids, offset=offset
+            )
         earlier = 0 if past is None else past[0].shape[-2]
         length = hidden_states.shape[1]
-        self.check_inputs(hidden_states, past, attention_mask)
         order = real = None
         if attention_mask is not None:
             order, real = token_order(attention_mask), attention_mask != 0
@@ -300,6 +353,26 @@ class Attention(nn.Module):
             output = self.merge(self.attend(q, k, v, visible=visible))
         return output if past is None else (output, (k, v))
 
+    def _with_window_cache(
+        self,
+        hidden_states: Tensor,
+        past: Cache,
+        attention_mask: Tensor,
+        *,
+        position_ids: Tensor | None,
+        offset: int | Tensor,
+    ) -> tuple[Tensor, Cache]:
+        new = attention_mask[:, attention_mask.shape[1] - hidden_states.shape[1] :]
+        if position_ids is None:
+            position_ids = token_order(attention_mask)[:, -hidden_states.shape[1] :] + offset
+        q, k, v = self.heads(hidden_states, position_ids=position_ids)
+        assert self.window is not None
+        call = WindowCall.of(attention_mask, new, window=self.window, capacity=past[0].shape[-2])
+        k = torch.cat((call.cleared(past[0]), k), dim=-2)
+        v = torch.cat((call.cleared(past[1]), v), dim=-2)
+        output = self.merge(self.attend(q, k, v, visible=call.visible))
+        return output, (call.kept(k), call.kept(v))
+
     def check_inputs(
         self, hidden_states: Tensor, past: Cache | None, attention_mask: Tensor | None
     ) -> None:
@@ -310,6 +383,7 @@ class Attention(nn.Module):
         """
         batch, length = hidden_states.shape[:2]
         earlier = 0
+        by_window = past is not None and self.window_cache
         if past is not None:
             earlier = past[0].shape[-2]
             for name, given, width in (
@@ -322,15 +396,25 @@ class Attention(nn.Module):
                         f"past must hold {name} {wanted} of {hidden_states.dtype}, "
                         f"got {tuple(given.shape)} of {given.dtype}"
                     )
-        if attention_mask is not None:
-            wanted_mask = (batch, earlier + length)
-            if (
-                tuple(attention_mask.shape) != wanted_mask
-                or attention_mask.dtype not in _MASK_DTYPES
-            ):
+        if by_window:
+            assert self.window is not None
+            check_capacity("the slots of past", earlier, self.window)
+            if attention_mask is None:
                 raise BadInputError(
-                    f"attention_mask must be {wanted_mask} of bool, int32 or int64 (past and new "
-                    f"tokens), got {tuple(attention_mask.shape)} of {attention_mask.dtype}"
+                    "attention_mask must say how many tokens there were before a past that holds "
+                    "the window only, got None"
+                )
+        if attention_mask is not None:
+            shape = tuple(attention_mask.shape)
+            columns = f"{earlier + length}"
+            fits = shape == (batch, earlier + length)
+            if by_window:  # of which the cache is a part
+                columns, fits = f"{length} or more", shape[:1] == (batch,) and len(shape) == 2
+                fits = fits and shape[1] >= length
+            if not fits or attention_mask.dtype not in _MASK_DTYPES:
+                raise BadInputError(
+                    f"attention_mask must be ({batch}, {columns}) of bool, int32 or int64 (past "
+                    f"and new tokens), got {shape} of {attention_mask.dtype}"
                 )
 
     def project(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rope_export.artifacts.cache_layout import MASK, PADDINGS
+from rope_export.artifacts.cache_layout import MASK, PADDINGS, WINDOW
 from rope_export.artifacts.targets import DTYPES
 from rope_export.attention.adapters import refuse_what_weights_do_not_say
 from rope_export.attention.block import Attention
@@ -25,6 +26,7 @@ from rope_export.runtime.trial import OUTPUT, PRESENTS
 
 # None of the shapes a block is proven at.
 TRACED_BATCH, TRACED_LENGTH, TRACED_PAST = 2, 6, 5
+TRACED_SLACK = 8
 # onnxruntime indexes batches with 32 bits.
 _MAX_BATCH = 2**31 - 1
 _LEAST_RANGE = 16
@@ -45,7 +47,8 @@ class BlockRequest:
         static: one batch and length instead of dynamic ones.
         batch: rows of a static graph.
         seed: of the inputs of the proof.
-        cache: whether past keys and values come in and present ones go out.
+        cache: whether past keys and values come in and present ones go out; ``"window"``: those of
+            the window only.
         attention_mask: whether a mask comes in, as it always does with ``cache``.
         padding: the side on which prompts are padded.
         form: name of the form taken, or None: the best one that is legal.
@@ -60,7 +63,7 @@ class BlockRequest:
     static: bool
     batch: int
     seed: int
-    cache: bool = False
+    cache: bool | str = False
     attention_mask: bool = False
     padding: str = "right"
     form: str | None = None
@@ -80,7 +83,7 @@ class BlockRequest:
         static: bool,
         batch: int,
         seed: int,
-        cache: bool = False,
+        cache: bool | str = False,
         attention_mask: bool = False,
         padding: str = "right",
         form: str | None = None,
@@ -121,6 +124,8 @@ class BlockRequest:
                 f"position_ids must be an input: tokens have {block.rope.axes} axes with scaling "
                 f"{block.rope.scaling}"
             )
+        if cache not in (True, False, WINDOW):
+            raise BadInputError(f"cache must be True, False or {WINDOW!r}, got {cache!r}")
         if cache and not block.causal:
             raise BadInputError(
                 "cache needs causal attention: an earlier token would have to see later ones, "
@@ -138,8 +143,12 @@ class BlockRequest:
             raise BadInputError(
                 "padding needs cache or attention_mask, got padding='left' without either"
             )
+        if cache and block.window_cache:  # as it was built
+            cache = WINDOW
+        if cache == WINDOW and block.window is None:
+            raise BadInputError(f"cache={WINDOW!r} needs a block with a window, got window=None")
         request = cls(
-            block,
+            _keeping(block, cache),
             target,
             chosen,
             dtypes.pop(),
@@ -149,7 +158,7 @@ class BlockRequest:
             batch,
             seed,
             cache,
-            attention_mask or cache,
+            attention_mask or bool(cache),
             padding,
             form,
         )
@@ -163,6 +172,7 @@ class BlockRequest:
     @classmethod
     def from_json(cls, content: dict[str, Any], block: Attention) -> BlockRequest:
         """Read a request back from ``config.json``, for the block as it was then."""
+        block = _keeping(block, content["cache"])
         return cls(block, **content | {"providers": tuple(content["providers"])})
 
     @property
@@ -180,7 +190,7 @@ class BlockRequest:
             dtype=self.dtype,
             implied_positions=not self.position_ids,
             longest=self.longest,
-            cache=self.cache,
+            cache=bool(self.cache),
             mask=self.attention_mask,
             padding=self.padding,
         )
@@ -194,6 +204,16 @@ class BlockRequest:
         return choose(self.target, self.situations(self.providers), self.form)
 
     # What goes in and comes out.
+
+    @property
+    def window(self) -> int:
+        """The window, where the cache holds no more; else 0."""
+        return (self.block.window or 0) if self.cache == WINDOW else 0
+
+    @property
+    def capacity(self) -> int | None:
+        """Slots of a cache of the window, where the graph has one size of it."""
+        return self.window if self.window and "cuda" in self.providers else None
 
     def known(self) -> tuple[Signature, tuple[Choice, ...]]:
         """What the graph takes and gives, and how it attends: known before it is traced."""
@@ -217,6 +237,7 @@ class BlockRequest:
             masked=self.attention_mask,
             past_name="past_{kind}",
             present_name="present_{kind}",
+            windows={0: self.window} if self.window else {},
         )
 
     def axes(self) -> tuple[Axes, Axes]:
@@ -230,10 +251,14 @@ class BlockRequest:
         if self.position_ids:
             inputs["position_ids"] = [*lead, batch, length]
         if self.cache:
+            earlier: str | int = "past_sequence"
+            now: str | int = "total_sequence"
+            if self.window:
+                earlier = now = self.capacity or "capacity"
             for name, width in (("key", block.head_dim), ("value", block.value_head_dim)):
                 heads = block.num_kv_heads
-                inputs[f"past_{name}"] = [batch, heads, "past_sequence", width]
-                outputs[f"present_{name}"] = [batch, heads, "total_sequence", width]
+                inputs[f"past_{name}"] = [batch, heads, earlier, width]
+                outputs[f"present_{name}"] = [batch, heads, now, width]
         if self.attention_mask:
             inputs[MASK] = [batch, "total_sequence" if self.cache else length]
         return inputs, outputs
@@ -247,6 +272,7 @@ class BlockRequest:
             "sequence": (1, longest),
             "past_sequence": (0, longest - 1),
             "total_sequence": (1, longest),
+            "capacity": (self.window, max(longest, 2 * self.window)),
         }
 
     # How it is traced.
@@ -258,6 +284,7 @@ class BlockRequest:
         past = TRACED_PAST if self.cache else 0
         sizes = {"batch": TRACED_BATCH, "sequence": length, "past_sequence": past}
         sizes["total_sequence"] = length + past
+        sizes["capacity"] = self.window + TRACED_SLACK
         dims = {
             name: torch.export.Dim(name, min=low, max=high)
             for name, (low, high) in self.ranges().items()
@@ -301,6 +328,15 @@ class BlockRequest:
         """Block and request, as ``config.json`` has them."""
         del signature
         return {"block": describe_block(self.block), "export": self.to_json()}
+
+
+def _keeping(block: Attention, cache: bool | str) -> Attention:
+    """The block with a cache as it is asked for: itself, or sharing all it has."""
+    if block.window_cache == (cache == WINDOW):
+        return block
+    other = copy.copy(block)
+    other.window_cache = cache == WINDOW
+    return other
 
 
 def _with_past(by_name: dict[str, Any]) -> dict[str, Any]:

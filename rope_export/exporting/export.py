@@ -47,7 +47,7 @@ def export(
     providers: Sequence[str] = ("cpu",),
     max_seq_len: int | None = None,
     position_ids: bool = False,
-    cache: bool = False,
+    cache: bool | str = False,
     attention_mask: bool = False,
     padding: str = "right",
     static: bool = False,
@@ -97,7 +97,10 @@ def export(
         cache: of a block, whether keys and values of earlier tokens come in as ``past_key`` and
             ``past_value`` ``[batch, num_kv_heads, past_sequence, width]`` and go out, with the new
             ones, as ``present_key`` and ``present_value``: one graph for prefill, chunks and
-            decoding.
+            decoding. ``"window"`` keeps those of the block's window only, in ``[batch,
+            num_kv_heads, capacity, width]`` of any capacity from the window on (on CUDA the window
+            itself); ``attention_mask`` then says how many tokens there were. It is the default
+            meaning of True for a block with ``window_cache=True``.
         attention_mask: of a block, whether ``attention_mask`` ``[batch, total_sequence]`` is an
             input, 1 for a token and 0 for padding; always so with ``cache``.
         padding: ``"right"`` or ``"left"``, the side on which prompts are padded.

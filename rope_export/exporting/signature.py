@@ -39,6 +39,7 @@ class Signature:
         masked: whether padding is told by a mask ``[batch, tokens]``.
         past_name: of caches that come in, with ``{layer}`` and ``{kind}`` (key or value).
         present_name: of those that go out, likewise.
+        windows: of layers whose cache holds the window only, the window.
     """
 
     inputs: Axes
@@ -55,6 +56,15 @@ class Signature:
     past_name: str = f"{PAST}.{{layer}}.{{kind}}"
     present_name: str = f"{PRESENT}.{{layer}}.{{kind}}"
     limits: Mapping[str, str] = field(default_factory=dict)
+    windows: Mapping[int, int] = field(default_factory=dict)
+
+    def windowed(self) -> dict[str, int]:
+        """Outputs that hold a cache of the window, and the window."""
+        return {
+            self.present_name.format(layer=n, kind=kind): window
+            for n, window in self.windows.items()
+            for kind in KINDS
+        }
 
     @property
     def tokens(self) -> str:
@@ -104,7 +114,10 @@ class Signature:
             sizes = key[1], key[3], value[3]
             if not all(isinstance(size, int) for size in sizes):
                 return None
-            layers.append(LayerCache(*(int(size) for size in sizes)))
+            heads, head_dim, value_head_dim = (int(size) for size in sizes)
+            window = self.windows.get(n, 0)
+            slots = key[2] if window and isinstance(key[2], int) else 0
+            layers.append(LayerCache(heads, head_dim, value_head_dim, window, slots))
         axes = 0
         if positions is not None:
             axes = int(positions[0]) if len(positions) == 3 else 1

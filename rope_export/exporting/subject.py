@@ -177,6 +177,7 @@ class Subject:
             "packs_rows": interface.packs_rows,
             "cache": None if interface.layout is None else asdict(interface.layout),
             "outputs": signature.kinds,
+            **({"windows": windowed} if (windowed := signature.windowed()) else {}),
             "ranges": {label: list(range_) for label, range_ in signature.free.items()},
         }
 
@@ -208,7 +209,7 @@ def _interface(
         packs_rows=packs_rows,
         by_rows=not caching or all(choice.by_rows for choice in caching),
         padding=request.padding,
-        ragged=not mixed,
+        ragged=not mixed and not any(choice.one_length for choice in choices),
     )
     if packs_rows and signature.reads_past and layout is not None:
         notes.append(

@@ -30,6 +30,7 @@ class AttentionUse:
         heads: query heads, where the operator states them.
         kv_heads: key and value heads, likewise.
         window: sliding window, likewise.
+        window_cache: whether its cache holds the window only.
         scores: whether a score for every pair of tokens is in memory: ``"always"``,
             ``"on cpu"``: on onnxruntime's CPU provider, or ``"never"``; None: unknown.
     """
@@ -39,6 +40,7 @@ class AttentionUse:
     heads: int | None = None
     kv_heads: int | None = None
     window: int | None = None
+    window_cache: bool = False
     scores: str | None = None
 
 
@@ -137,6 +139,7 @@ def _fused(name: str, node: ir.Node) -> AttentionUse:
         heads=heads,
         kv_heads=values.integer(node, "kv_num_heads"),
         window=window if window > 0 else None,
+        window_cache=values.integer(node, "sliding_window_cache", 0) == 1,
         scores=scores,
     )
 

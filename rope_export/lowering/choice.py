@@ -21,6 +21,8 @@ class Choice:
         window_block: tokens in a block when long prompts are computed by blocks, or 0.
         single: whether one token after a past is a call of its own.
         captures: whether a decoding step can be a CUDA graph: nothing in it is counted on the host.
+        window_cache: whether the cache holds the window only.
+        one_length: whether all rows of a batch must be of one length, without padding.
         branches: what the graph decides while it runs, in plain words.
         limits: what the graph cannot do, in plain words.
     """
@@ -33,6 +35,8 @@ class Choice:
     window_block: int = 0
     single: bool = False
     captures: bool = False
+    window_cache: bool = False
+    one_length: bool = False
     branches: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
 
@@ -86,7 +90,15 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
     # Elsewhere sinks would choose a slower kernel.
     single = by_rows and all(s.provider == "cpu" for s in situations)
     branches, limits = [], []
-    if by_rows:
+    # Padding counts as tokens, which the next ones take the place of; where tokens make room for
+    # each other, that would be too late.
+    one_length = form.packs_rows and one.window_cache and not on_cpu
+    if by_rows and one.window_cache:
+        branches.append(
+            "padded tokens, and several new tokens of a batch with a past, run row by row: "
+            "GroupQueryAttention takes one row of them, and a cache of the window no padding"
+        )
+    elif by_rows:
         branches.append(
             "several new tokens of a batch with a past run row by row: GroupQueryAttention takes "
             "one row of them"
@@ -96,6 +108,12 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
             "several new tokens of a batch with a past must be given row by row, or one by one: "
             "GroupQueryAttention takes one row of them, and the control flow that would split "
             "them keeps CUDA from capturing the graph"
+        )
+    if one_length:
+        limits.append(
+            "rows of a batch must be of one length, without padding: GroupQueryAttention keeps no "
+            "window of padded rows, and the control flow that would split them keeps CUDA from "
+            "capturing the graph"
         )
     if single:
         branches.append(
@@ -116,6 +134,8 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
         window_block=block,
         single=single,
         captures=form.packs_rows and one.cache and not on_cpu,
+        window_cache=one.window_cache,
+        one_length=one_length,
         branches=tuple(branches),
         limits=tuple(limits),
     )

@@ -31,6 +31,7 @@ from rope_export.lowering.rules import BLOCKS_TO_WIN
 
 # Inputs of GroupQueryAttention.
 _PAST_KEY, _PAST_VALUE, _LAST_INDEX, _TOTAL, _SINKS = 3, 4, 5, 6, ops.SINKS
+_COUNTS = ops.COUNTS
 _TO_THE_END = 2**62
 Emit = Callable[[Tape], Sequence[ir.Value]]
 # What the graph decides while it runs, or what its fixed sizes have decided.
@@ -74,6 +75,11 @@ class _Expansion:
         self.by_rows = bool(attributes.pop("by_rows").as_int())
         self.block = attributes.pop("block").as_int()
         self.single = bool(attributes.pop("single").as_int())
+        # Of a cache of the window, in which padding must not take a token's place.
+        self.counts = self.inputs[_COUNTS] if len(self.inputs) > _COUNTS else None
+        self.inputs = self.inputs[:_COUNTS]
+        while self.inputs[-1] is None:
+            self.inputs.pop()
         self.attributes = attributes
         self.has_past = self.inputs[_PAST_KEY] is not None
         # Without a past nobody reads what would be the present.
@@ -98,14 +104,24 @@ class _Expansion:
         if self.block:
             long = self._compared(tape, "Greater", length, BLOCKS_TO_WIN * self.block)
             long = _both(tape, first_call, long)
-            emit = self._either("blocks", long, self._blocks, self._one_call)
+            if self.counts is None:
+                emit = self._either("blocks", long, self._blocks, emit)
         if self.by_rows:
             alone = self._compared(tape, "Equal", batch, 1)
             if not self.single:
                 alone = _any(tape, alone, self._compared(tape, "Equal", length, 1))
-            emit = self._either("rows", _any(tape, first_call, alone), emit, self._rows)
+            whole, rows = _any(tape, first_call, alone), self._rows
+            if self.counts is not None:
+                fewest = tape.op("ReduceMin", [self.counts], {"keepdims": 0})
+                unpadded = self._compared(tape, "Equal", length, fewest)
+                whole, rows = _both(tape, whole, unpadded), self._padded_rows
+            emit = self._either("rows", whole, emit, rows)
+        if self.block and self.counts is not None:  # which keep padded rows apart themselves
+            emit = self._either("blocks", long, self._blocks, emit)
         if self.single:
             one_token = self._compared(tape, "Equal", length, 1)
+            if self.counts is not None:
+                one_token = _both(tape, one_token, unpadded)
             emit = self._either("single", one_token, self._one_token, emit)
         results = emit(tape)
         for old, new in zip(self.outputs, results, strict=True):
@@ -193,26 +209,74 @@ class _Expansion:
                 end = tape.op("Cast", [total], {"to": ir.DataType.INT64})
                 end = tape.op("Reshape", [end, self._constant(-1, 1)])
                 stacked[index] = self._slice(tape, past, 0, end, axis=2)
-        return self._scan(tape, stacked, total, len(self.outputs))
+        return self._calls(tape, stacked, total, len(self.outputs))
 
-    def _scan(
+    def _calls(
         self, tape: Tape, stacked: Sequence[ir.Value | None], total: ir.Value, count: int
     ) -> Sequence[ir.Value]:
         """One call for each entry of the first axis of ``stacked``; the first ``count`` outputs."""
+
+        def row(inner: Tape, entries: Sequence[ir.Value | None]) -> Sequence[ir.Value]:
+            axis = self._constant(0, 1)
+            rows = [e if e is None else inner.op("Unsqueeze", [e, axis]) for e in entries]
+            results = self._call(inner, [*rows, total, *self.inputs[_TOTAL + 1 :]])
+            return [inner.op("Squeeze", [result, axis]) for result in results[:count]]
+
+        return self._scan(tape, stacked, row, count)
+
+    def _padded_rows(self, tape: Tape) -> Sequence[ir.Value]:
+        """One call a row, of its tokens alone: in a window padding would push out others."""
+
+        def row(inner: Tape, entries: Sequence[ir.Value | None]) -> Sequence[ir.Value]:
+            *given, past_key, past_value, last_index, count = entries
+            axis, one = self._constant(0, 1), self._constant(1)
+            # A row of padding alone takes a token for the call, and keeps its past.
+            taken = inner.op("Max", [count, one])
+            extra = inner.op("Cast", [inner.op("Sub", [taken, count])], {"to": ir.DataType.INT32})
+            last_index = inner.op("Add", [last_index, extra])
+            total = inner.op("Add", [last_index, self._constant(1, 0, np.int32)])
+            end = inner.op("Unsqueeze", [taken, axis])
+            tokens = [x if x is None else self._slice(inner, x, 0, end, axis=0) for x in given]
+            inputs = [
+                x if x is None else inner.op("Unsqueeze", [x, axis])
+                for x in (*tokens, past_key, past_value, last_index)
+            ]
+            results = self._call(inner, [*inputs, total, *self.inputs[_TOTAL + 1 :]])
+            context, *present = [inner.op("Squeeze", [result, axis]) for result in results]
+            padding = inner.op("Sub", [self._size(inner, 1, 1), end])
+            pads = inner.op("Concat", [axis, axis, padding, axis], {"axis": 0})
+            none = inner.op("Equal", [count, self._constant(0)])
+            kept = [
+                inner.op("Where", [none, past, now])
+                for past, now in zip((past_key, past_value), present, strict=True)
+            ]
+            return [inner.op("Pad", [context, pads]), *kept]
+
+        stacked = [*self.inputs[: _LAST_INDEX + 1], self.counts]
+        return self._scan(tape, stacked, row, len(self.outputs))
+
+    def _scan(
+        self,
+        tape: Tape,
+        stacked: Sequence[ir.Value | None],
+        row: Callable[[Tape, Sequence[ir.Value | None]], Sequence[ir.Value]],
+        count: int,
+    ) -> Sequence[ir.Value]:
+        """``row`` of each entry of the first axis of ``stacked``, which gives ``count`` values."""
         given = [value for value in stacked if value is not None]
         entries = [ir.Value(name=f"entry_{i}", type=value.type) for i, value in enumerate(given)]
         for entry, value in zip(entries, given, strict=True):
             if entry.type is None:
-                is_index = value is stacked[_LAST_INDEX]
-                kind = ir.TensorType(ir.DataType.INT32) if is_index else self.q.type
-                entry.type = kind
+                entry.type = self.q.type
+                if value is stacked[_LAST_INDEX]:
+                    entry.type = ir.TensorType(ir.DataType.INT32)
+                elif value is self.counts:
+                    entry.type = ir.TensorType(ir.DataType.INT64)
 
         def body(inner: Tape) -> Sequence[ir.Value]:
-            axis = self._constant(0, 1)
-            rows = iter([inner.op("Unsqueeze", [entry, axis]) for entry in entries])
-            inputs = [None if value is None else next(rows) for value in stacked]
-            results = self._call(inner, [*inputs, total, *self.inputs[_TOTAL + 1 :]])
-            of_entry = [inner.op("Squeeze", [result, axis]) for result in results[:count]]
+            of_row = iter(entries)
+            given_row = [None if value is None else next(of_row) for value in stacked]
+            of_entry = row(inner, given_row)
             # [S, width] and [heads, T, head_dim]: onnxruntime 1.24 wants to know of a Scan.
             for value, rank in zip(of_entry, (2, 3, 3), strict=False):
                 value.shape = ir.Shape([None] * rank)
@@ -265,7 +329,7 @@ class _Expansion:
         last_index = tape.op("Expand", [last_index, grid])
         entries.append(tape.op("Reshape", [last_index, self._constant(-1, 1)]))
         total = self._constant(2 * size, dtype=np.int32)
-        (blocks,) = self._scan(tape, entries, total, 1)
+        (blocks,) = self._calls(tape, entries, total, 1)
         back = tape.op("Concat", [batch, self._constant([-1, width])], {"axis": 0})
         context = tape.op("Reshape", [blocks, back])
         context = self._slice(tape, context, 0, length, axis=1)
@@ -279,9 +343,32 @@ class _Expansion:
         past = self.inputs[_PAST_KEY + which]
         sizes = self._constant([self.kv_heads, self.head_dim])
         heads = tape.op("Reshape", [source, tape.op("Concat", [batch, length, sizes], {"axis": 0})])
+        if self.counts is not None:
+            heads = tape.op("GatherND", [heads, self._latest(tape, length)], {"batch_dims": 1})
+            return tape.op("Transpose", [heads], {"perm": [0, 2, 1, 3]})
         heads = tape.op("Transpose", [heads], {"perm": [0, 2, 1, 3]})
         rest = self._slice(tape, past, length, _TO_THE_END, axis=2)
         return tape.op("Concat", [heads, rest], {"axis": 2})
+
+    def _latest(self, tape: Tape, length: ir.Value) -> ir.Value:
+        """Which tokens of a first call its cache of the window keeps, ``[B, C, 1]``."""
+        past, last_index = self.inputs[_PAST_KEY], self.inputs[_LAST_INDEX]
+        capacity = tape.op("Shape", [past], {"start": 2, "end": 3})
+        one = self._constant(1, 1)
+        tokens = tape.op("Add", [tape.op("Cast", [last_index], {"to": ir.DataType.INT64}), one])
+        window = self._constant(self.attributes["local_window_size"].as_int(), 1)
+        # As many times the slots freed at once as it takes for the rest to fit.
+        freed = tape.op("Add", [tape.op("Sub", [capacity, window]), one])
+        over = tape.op("Max", [tape.op("Sub", [tokens, capacity]), self._constant(0, 1)])
+        over = tape.op("Add", [over, tape.op("Sub", [freed, one])])
+        first = tape.op("Mul", [tape.op("Div", [over, freed]), freed])
+        slots = tape.op(
+            "Range",
+            [self._constant(0), tape.op("Squeeze", [capacity]), self._constant(1)],
+        )
+        kept = tape.op("Add", [tape.op("Unsqueeze", [first, one]), slots])
+        kept = tape.op("Min", [kept, tape.op("Sub", [length, one])])
+        return tape.op("Unsqueeze", [kept, self._constant(-1, 1)])
 
     def _slice(
         self,

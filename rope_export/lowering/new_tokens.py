@@ -6,12 +6,22 @@ from torch import Tensor
 
 from rope_export.attention.tokens import Tokens
 from rope_export.attention.visibility import token_order, visible_keys
+from rope_export.attention.window_cache import WindowCall
 from rope_export.lowering import ops
 
 
 def last(tokens: Tokens, columns: Tensor) -> Tensor:
     """Columns of the new tokens: ``[B, T]`` to ``[B, S]``."""
     return ops.last_columns(columns, tokens.hidden_states.shape[1])
+
+
+def window_call(tokens: Tokens, window: int) -> WindowCall:
+    """What the call does with a cache of the window; there must be a mask and a past."""
+    assert tokens.attention_mask is not None
+    assert tokens.past is not None
+    mask = tokens.attention_mask
+    capacity = tokens.past[0].shape[2]
+    return WindowCall.of(mask, last(tokens, mask), window=window, capacity=capacity)
 
 
 def visible(tokens: Tokens, *, causal: bool, window: int | None) -> Tensor:

@@ -81,14 +81,18 @@ def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Ca
     widened = choice.form is rules.ATTENTION_IN_FLOAT32
     dtype = tokens.hidden_states.dtype
     q, k, v = rotated_projections(block, tokens.hidden_states, tokens.position_ids, widened=widened)
-    visible = None
-    if tokens.attention_mask is not None:
+    visible = call = None
+    past = tokens.past
+    if choice.window_cache and past is not None:
+        assert block.window is not None
+        call = new_tokens.window_call(tokens, block.window)
+        visible, past = call.visible, (call.cleared(past[0]), call.cleared(past[1]))
+    elif tokens.attention_mask is not None:
         visible = new_tokens.visible(tokens, causal=block.causal, window=block.window)
     elif block.window is not None:
         token = torch.arange(q.shape[1])
         visible = visible_keys(token, token, causal=block.causal, window=block.window)
         visible = visible.unsqueeze(0)
-    past = tokens.past
     if past is not None and widened:
         past = past[0].float(), past[1].float()
     context, key, value = ops.attention(
@@ -103,5 +107,7 @@ def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Ca
         visible=visible,
         past=past,
     )
+    if call is not None:
+        key, value = ops.kept_slots(key, call.source), ops.kept_slots(value, call.source)
     present = None if past is None else (key.to(dtype), value.to(dtype))
     return context.to(dtype), present

@@ -21,6 +21,12 @@ _FEATURES: dict[str, dict[str, object]] = {
     "`--position-ids`": {"implied_positions": False},
     "`--window 512`": {"window": 512},
     "`--window 512 --cache`": {"window": 512, "cache": True, "mask": True},
+    "`--window 512 --cache window`": {
+        "window": 512,
+        "cache": True,
+        "mask": True,
+        "window_cache": True,
+    },
     "`--softcap`": {"softcap": True},
     "`--sinks`": {"sinks": True},
     "`--sinks --window 512 --cache`": {"sinks": True, "window": 512, "cache": True, "mask": True},
@@ -116,8 +122,10 @@ def _form(form: Form) -> str:
 def _branches() -> list[str]:
     cached = replace(rules.PLAIN, cache=True, mask=True, window=512)
     on_cuda = replace(cached, provider="cuda", dtype="float16")
-    choices: list[Choice] = [choose("ort", [cached]), choose("ort", [on_cuda])]
-    return [text for choice in choices for text in (*choice.branches, *choice.limits)]
+    by_window = [replace(each, window_cache=True) for each in (cached, on_cuda)]
+    choices: list[Choice] = [choose("ort", [each]) for each in (cached, on_cuda, *by_window)]
+    texts = [text for choice in choices for text in (*choice.branches, *choice.limits)]
+    return list(dict.fromkeys(texts))
 
 
 if __name__ == "__main__":

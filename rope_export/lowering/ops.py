@@ -22,6 +22,7 @@ Attributes = dict[
 # Of operators that stand for several; none is left in a finished graph.
 OWN_DOMAIN = "rope_export"
 SINKS = 11  # index of GroupQueryAttention's input head_sink
+COUNTS = 16  # behind all of them, of the package's own
 _END = 2**62
 
 
@@ -105,6 +106,25 @@ def gather_rows(x: Tensor, source: Tensor) -> Tensor:
         attrs={"batch_dims": 1},
         dtype=x.dtype,
         shape=x.shape,
+        version=13,
+    )
+
+
+def kept_slots(keys: Tensor, source: Tensor) -> Tensor:
+    """``keys[b, g, source[b, c]]`` for ``[B, G, T, D]``: one GatherND of whole keys.
+
+    Args:
+        keys: keys or values.
+        source: for each slot of a cache, which of them it takes, ``[B, C]``.
+    """
+    batch, heads, _, width = keys.shape
+    index = source[:, None, :, None].expand(-1, heads, -1, -1)
+    return torch.onnx.ops.symbolic(
+        "GatherND",
+        (keys, index),
+        attrs={"batch_dims": 2},
+        dtype=keys.dtype,
+        shape=(batch, heads, source.shape[1], width),
         version=13,
     )
 
@@ -205,6 +225,7 @@ def group_query_attention(
     by_rows: bool = False,
     block: int = 0,
     single: bool = False,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``com.microsoft::GroupQueryAttention``, or a plan for several calls of it.
 
@@ -215,7 +236,7 @@ def group_query_attention(
         v: as ``k``.
         last_index: slot of each row's last new token, int32 ``[B]``.
         total: past and new tokens of the longest row, int32 scalar.
-        present_length: the same as a size.
+        present_length: the same as a size, or the slots of a cache of the window.
         num_heads: query heads.
         num_kv_heads: key and value heads.
         head_dim: width of one head.
@@ -230,6 +251,8 @@ def group_query_attention(
         block: tokens in a block when long prompts are computed by blocks, or 0.
         single: whether one token after a past is a call of its own. One of the three makes this
             an operator of the package's own, which `gqa_calls.expand` replaces.
+        counts: new tokens of each row that are no padding, int64 ``[B]``, where the cache holds the
+            window only; ``last_index`` is then that of the last of these.
 
     Returns:
         ``[B, S, num_heads * head_dim]``, and present keys and values.
@@ -242,6 +265,8 @@ def group_query_attention(
     }
     if window is not None:
         attributes["local_window_size"] = window
+    if counts is not None:
+        attributes["sliding_window_cache"] = 1
     if softcap is not None:
         attributes["softcap"] = softcap
     if table is not None:
@@ -253,6 +278,8 @@ def group_query_attention(
     if by_rows or block or single:
         domain = OWN_DOMAIN
         attributes |= {"by_rows": int(by_rows), "block": block, "single": int(single)}
+        if counts is not None:
+            inputs += [None] * (COUNTS - len(inputs)) + [counts]
     batch, length = q.shape[0], q.shape[1]
     present = (batch, num_kv_heads, present_length, head_dim)
     output, key, value = torch.onnx.ops.symbolic_multi_out(

@@ -29,7 +29,14 @@ def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Ca
 def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cache | None]:
     hidden_states, position_ids = tokens.hidden_states, tokens.position_ids
     mask, slots = tokens.attention_mask, None
-    if mask is not None:
+    counts = total_tokens = None
+    if choice.window_cache and mask is not None and tokens.past is not None:
+        counts = (new_tokens.last(tokens, mask) != 0).to(torch.int64).sum(-1)
+        if not choice.one_length:  # else padding counts as tokens, and is no number
+            total_tokens = (mask != 0).to(torch.int64).sum(-1)
+    if choice.one_length and mask is not None:
+        hidden_states = packing.refuse_padding(hidden_states, new_tokens.last(tokens, mask))
+    elif mask is not None:
         if choice.padding == "left":
             hidden_states, position_ids, slots = packing.pack(tokens, captures=choice.captures)
         else:
@@ -57,7 +64,9 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
     # Padding of this call counts as tokens here: it comes last, where nothing sees it, and the
     # next call writes over it.
     last_index = torch.full((batch,), length - 1, dtype=torch.int32)
-    if tokens.past is not None and mask is not None:
+    if total_tokens is not None:
+        last_index = (total_tokens - 1).to(torch.int32)
+    elif tokens.past is not None and mask is not None:
         new = new_tokens.last(tokens, mask)
         if choice.captures:  # the length counted where the mask is: from the host it is a copy
             last_index = (mask.sum(-1) + (new == 0).sum(-1) - 1).to(torch.int32)
@@ -71,7 +80,7 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
         v,
         last_index=last_index,
         total=torch.scalar_tensor(total, dtype=torch.int32),
-        present_length=total,
+        present_length=total if tokens.past is None or counts is None else tokens.past[0].shape[2],
         num_heads=block.num_heads,
         num_kv_heads=block.num_kv_heads,
         head_dim=block.head_dim,
@@ -85,6 +94,7 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
         by_rows=choice.by_rows,
         block=choice.window_block,
         single=choice.single,
+        counts=counts,
     )
     if slots is not None:
         context = packing.take_rows(context, slots, captures=choice.captures)

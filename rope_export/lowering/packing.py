@@ -42,6 +42,18 @@ def take_rows(x: Tensor, source: Tensor, *, captures: bool) -> Tensor:
     return x.reshape(-1, width).index_select(0, flat.reshape(-1)).reshape(batch, length, width)
 
 
+def refuse_padding(hidden_states: Tensor, real: Tensor) -> Tensor:
+    """Make rows with any padding NaN, likewise.
+
+    Args:
+        hidden_states: ``[B, S, width]``.
+        real: 1 for a token and 0 for padding, ``[B, S]``.
+    """
+    padded = (real == 0).to(torch.int64).sum(-1) != 0
+    poison = torch.where(padded, torch.nan, 0.0).to(hidden_states.dtype)
+    return hidden_states + poison[:, None, None]
+
+
 def refuse_other_padding(hidden_states: Tensor, real: Tensor, *, captures: bool) -> Tensor:
     """Make rows whose padding is not all at their end NaN, lest they be answered wrongly.
 

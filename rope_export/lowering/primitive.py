@@ -19,10 +19,19 @@ def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Ca
     Returns:
         ``[B, S, num_heads * value_head_dim]``, and the present when there is a past.
     """
-    del choice  # this form has no choices left
     q, k, v = block.heads(tokens.hidden_states, position_ids=tokens.position_ids)
     visible = None
-    if tokens.attention_mask is not None:
+    kept: Cache | None = None
+    if choice.window_cache and tokens.past is not None:
+        assert block.window is not None
+        call = new_tokens.window_call(tokens, block.window)
+        visible = call.visible
+        k, v = (
+            torch.cat((call.cleared(past), new), dim=-2)
+            for past, new in zip(tokens.past, (k, v), strict=True)
+        )
+        kept = ops.kept_slots(k, call.source), ops.kept_slots(v, call.source)
+    elif tokens.attention_mask is not None:
         total = tokens.attention_mask.shape[1]
         visible = new_tokens.visible(tokens, causal=block.causal, window=block.window)
         if tokens.past is not None:
@@ -34,4 +43,4 @@ def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Ca
     context = attend_explicitly(
         q, k, v, scale=block.scale, visible=visible, softcap=block.softcap, sinks=block.sinks
     )
-    return context, None if tokens.past is None else (k, v)
+    return context, None if tokens.past is None else kept or (k, v)

@@ -46,6 +46,7 @@ class Situation:
         sinks: each head has a sink.
         value_head_dim: width of a value head.
         alone: the graph is made for this provider only.
+        window_cache: the cache holds the window only.
     """
 
     provider: str
@@ -66,6 +67,7 @@ class Situation:
     sinks: bool = False
     value_head_dim: int = 0
     alone: bool = True
+    window_cache: bool = False
 
     @property
     def window_block(self) -> int:
@@ -131,6 +133,7 @@ def situations(
             softcap=block.softcap is not None,
             sinks=block.sinks is not None,
             value_head_dim=block.value_head_dim,
+            window_cache=cache and block.window_cache,
         )
         for provider in providers
     ]

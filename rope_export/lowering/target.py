@@ -15,6 +15,7 @@ from rope_export.artifacts.targets import PROVIDERS
 from rope_export.attention.block import Attention, Cache
 from rope_export.attention.tokens import Tokens
 from rope_export.attention.visibility import token_order
+from rope_export.attention.window_cache import check_capacity
 from rope_export.errors import BadInputError
 from rope_export.lowering import (
     new_tokens,
@@ -45,7 +46,7 @@ class Lengths:
 
     Attributes:
         new: new tokens.
-        past: cached ones, or None without a past.
+        past: cached ones, or None without a past or where it holds a window only.
         total: columns of the mask, or None without one.
     """
 
@@ -66,6 +67,7 @@ class Target:
         form: name of the form every attention takes, or None: the best.
         choices: filled while tracing, one entry for each attention lowered.
         lengths: likewise, one entry for each attention and each rotation on its own.
+        windows: likewise, keys that came in as a cache of the window, and the window.
         lacks: likewise, why a provider cannot run what was lowered.
     """
 
@@ -76,6 +78,7 @@ class Target:
     form: str | None = None
     choices: list[Choice] = field(default_factory=list)
     lengths: list[Lengths] = field(default_factory=list)
+    windows: list[tuple[Tensor, int]] = field(default_factory=list)
     lacks: dict[str, str] = field(default_factory=dict)
 
     def attend(self, attention: Attention, tokens: Tokens) -> tuple[Tensor, Cache | None]:
@@ -107,10 +110,17 @@ class Target:
             if broken:
                 self.lacks.setdefault(provider, broken[0])
         past, mask = tokens.past, tokens.attention_mask
+        earlier = None if past is None else past[0].shape[2]
+        if past is not None and attention.window_cache:
+            assert attention.window is not None
+            if isinstance(earlier, int):  # else its range says so
+                check_capacity("the slots of past", earlier, attention.window)
+            self.windows.append((past[0], attention.window))
+            earlier = None
         self.lengths.append(
             Lengths(
                 tokens.hidden_states.shape[1],
-                None if past is None else past[0].shape[2],
+                earlier,
                 None if mask is None else mask.shape[1],
             )
         )

@@ -8,13 +8,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rope_export.artifacts.cache_layout import resident
 from rope_export.attention.block import Attention
 from rope_export.attention.visibility import visible_keys
 from rope_export.proof.arrays import from_numpy, to_numpy
 from rope_export.proof.block_shapes import Shape
 from rope_export.proof.draws import RUN, draw, draw_positions, sample_rows
 from rope_export.proof.reference import attention_truth, keys_and_values
-from rope_export.runtime.token_places import Array, Places, cache_places, step_tokens
+from rope_export.runtime.token_places import (
+    Array,
+    Places,
+    cache_places,
+    step_tokens,
+    window_tokens,
+)
 from rope_export.runtime.trial import OUTPUT, PRESENTS, Expected, Judged, Trial
 
 
@@ -28,6 +35,7 @@ class BlockInterface:
         mask: whether ``attention_mask`` is.
         padding: the side on which prompts are padded.
         packs_rows: whether the present has each row's tokens from its first slot on.
+        window: the window, where the cache holds no more than that.
     """
 
     positions: int | None = None
@@ -35,6 +43,7 @@ class BlockInterface:
     mask: bool = False
     padding: str = "right"
     packs_rows: bool = False
+    window: int = 0
 
 
 class BlockCall:
@@ -94,7 +103,8 @@ class BlockCall:
         if interface.cache:
             exact = self._exact_cache()
             inputs |= self._past(exact, packs_rows=interface.packs_rows)
-            past = self._past(exact, packs_rows=False)
+            past = inputs if interface.window else self._past(exact, packs_rows=False)
+            past = {name: past[name] for name in ("past_key", "past_value")}
         if interface.mask:
             inputs["attention_mask"] = self.mask
         truth = self._truth()
@@ -117,6 +127,11 @@ class BlockCall:
             expected=expected,
             outputs=outputs,
         )
+
+    @property
+    def _capacity(self) -> int:
+        """Slots of a cache of the window."""
+        return self.interface.window + self.shape.slack
 
     def _calls(self) -> tuple[int, ...]:
         return (self.shape.past,) if self.shape.past else ()
@@ -161,10 +176,17 @@ class BlockCall:
         past = {}
         row, token, column = (torch.from_numpy(part) for part in self.old)
         slot = token if packs_rows else column
+        slots, window = self.shape.past, self.interface.window
+        if window:
+            slots = self._capacity
+            places = window_tokens(self.pasts, window, slots)
+            kept = resident(self.pasts, window, slots)
+            row, token = (torch.from_numpy(part) for part in places)
+            slot = token - torch.from_numpy(self.pasts - kept)[row]
         for name, tensor in zip(("past_key", "past_value"), exact, strict=True):
             of_dtype = tensor.to(self.tokens.dtype)
             width = tensor.shape[-1]
-            filled = self.junk[:, :, :1, None].expand(-1, tensor.shape[1], self.shape.past, width)
+            filled = self.junk[:, :, :1, None].expand(-1, tensor.shape[1], slots, width)
             filled = filled.clone()
             filled[row, :, slot] = of_dtype[row, :, token]
             past[name] = to_numpy(filled)
@@ -199,10 +221,17 @@ class BlockCall:
         self, exact: tuple[Tensor, Tensor], present: tuple[Tensor, Tensor] | None
     ) -> dict[str, Expected | None]:
         assert present is not None
+        window, slots = self.interface.window, self.shape.total
         at = cache_places(self.mask, packs_rows=self.interface.packs_rows)
         at_columns = cache_places(self.mask, packs_rows=False)
         row, nth = cache_places(self.mask, packs_rows=True)
-        if self.rows is not None:  # a sample of a long prompt
+        if window:
+            slots = self._capacity
+            row, nth = window_tokens(self.totals, window, slots)
+            at = cache_places(self.mask, packs_rows=True, window=window, capacity=slots)
+            # Of a pass without a past there are keys of all tokens.
+            at_columns = at if present[0].shape[2] == slots else (row, nth)
+        elif self.rows is not None:  # a sample of a long prompt
             picked = np.isin(nth, self.rows.numpy())
             at, at_columns = ((places[0][picked], places[1][picked]) for places in (at, at_columns))
             row, nth = row[picked], nth[picked]
@@ -210,7 +239,7 @@ class BlockCall:
         for name, tensor, eager in zip(PRESENTS, exact, present, strict=True):
             truth = tensor[row, :, nth].flatten(1).numpy()
             got = eager[at_columns[0], :, at_columns[1]].flatten(1).double().numpy()
-            whole = (self.shape.batch, tensor.shape[1], self.shape.total, tensor.shape[3])
+            whole = (self.shape.batch, tensor.shape[1], slots, tensor.shape[3])
             judged = Judged("cache", at, whole)
             expected[name] = expected_of(self.block, truth, got, judged, loud=self.shape.loud)
         return expected
@@ -226,12 +255,14 @@ class BlockCall:
             if name not in expected:
                 continue
             past = inputs[name.replace("present", "past")]
-            batch, heads, earlier, width = past.shape
-            present: Array = np.zeros((batch, heads, shape.total, width), dtype)
+            _, heads, earlier, width = past.shape
+            whole = expected[name]
+            present: Array = np.zeros(whole.shape, dtype)
             if not self.interface.packs_rows:
                 present[:, :, :earlier] = past
-            row, slot = cache_places(self.mask, packs_rows=self.interface.packs_rows)
-            values = expected[name].truth.astype(dtype).reshape(len(row), heads, width)
+            assert whole.at is not None
+            row, slot = whole.at
+            values = whole.truth.astype(dtype).reshape(len(row), heads, width)
             present[row, :, slot] = values
             outputs[name] = present
         return outputs

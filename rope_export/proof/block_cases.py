@@ -55,10 +55,11 @@ class BlockCases:
             positions=self._block.rope.positions
             if request.position_ids and self._block.rope
             else None,
-            cache=request.cache,
+            cache=bool(request.cache),
             mask=request.attention_mask,
             padding=request.padding,
             packs_rows=self._choice.form.packs_rows,
+            window=request.window,
         )
 
     def planned(self) -> tuple[list[Shape], list[str]]:
@@ -78,9 +79,12 @@ class BlockCases:
             batch=request.batch,
             static=request.static,
             with_positions=request.position_ids,
-            cache=request.cache,
+            cache=bool(request.cache),
             mask=request.attention_mask,
             by_rows=choice.by_rows or not choice.form.packs_rows,
+            window_cache=bool(request.window),
+            one_size=request.capacity is not None,
+            one_length=choice.one_length,
         )
         return planned, notes
 

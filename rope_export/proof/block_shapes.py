@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,9 @@ from rope_export.lowering.rules import BLOCKS_TO_WIN, SMALLEST_BLOCK
 from rope_export.proof.limits import STORED_BYTES, TRUTH_FLOPS
 from rope_export.proof.reference import truth_flops
 from rope_export.rope.angles import FINE_ROWS
+
+# Of a cache of the window, none that it was traced with.
+_SLACKS = (0, 1, 3, 0, 17)
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Shape:
         positions_below: with ``position_ids``, all are below this; 0: any that is served.
         sampled: whether truth is evaluated for some query rows only.
         stored: whether the artifact keeps it as a test vector.
+        slack: slots of a cache of the window beside the window itself.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Shape:
     positions_below: int = 0
     sampled: bool = False
     stored: bool = True
+    slack: int = 0
 
     @property
     def past(self) -> int:
@@ -71,6 +77,9 @@ def plan_shapes(
     cache: bool = False,
     mask: bool = False,
     by_rows: bool = True,
+    window_cache: bool = False,
+    one_size: bool = False,
+    one_length: bool = False,
 ) -> list[Shape]:
     """Choose what to prove, and which of it to store.
 
@@ -83,6 +92,9 @@ def plan_shapes(
         cache: whether past and present are.
         mask: whether ``attention_mask`` is.
         by_rows: whether several new tokens of a batch with a past are one call.
+        window_cache: whether the cache holds the window only.
+        one_size: whether it has no more slots than that.
+        one_length: whether all new tokens of a call must be real.
     """
     if static:
         rows = [Shape("fixed", batch, longest), Shape("fixed again", batch, longest)]
@@ -125,9 +137,20 @@ def plan_shapes(
         in_step, rows = _with_past(longest, together, by_rows=by_rows)
         wanted += in_step
         apart += [*rows, *_in_calls(min(32, together), longest, with_rows=by_rows)]
+    if window_cache:
+        far, rows = _far_beyond(block, longest, together, by_rows=by_rows)
+        wanted += far
+        apart += rows
     if with_positions and switch is not None:
         apart = [replace(shape, positions_below=together) for shape in apart]
     wanted += apart
+    if window_cache and not one_size:
+        wanted = [
+            replace(shape, slack=_SLACKS[index % len(_SLACKS)])
+            for index, shape in enumerate(wanted)
+        ]
+    if one_length:
+        wanted = [s for s in wanted if not s.lengths and all(len(set(n)) == 1 for n in s.steps)]
     distinct = {
         (
             s.batch,
@@ -137,6 +160,7 @@ def plan_shapes(
             s.steps,
             s.every_position_below,
             s.positions_below,
+            s.slack,
         ): s
         for s in wanted
     }
@@ -169,6 +193,62 @@ def _by_window(block: Attention, longest: int, *, cache: bool) -> list[Shape]:
             shapes.append(Shape("blocks of the window, then decode", 2, limit + 2, steps=steps))
         if limit + 8 <= longest:
             shapes.append(Shape("long chunk", 1, limit + 1, pasts=(7,)))
+    return shapes
+
+
+def _far_beyond(
+    block: Attention, longest: int, together: int, *, by_rows: bool
+) -> tuple[list[Shape], list[Shape]]:
+    """Many windows on, where a cache holds but the last: rows in step, and rows that are not."""
+    window = block.window
+    assert window is not None
+    far = min(longest - 6, 10 * window + 3)
+    shapes = [
+        *(Shape("decode, windows on", 1, 1, pasts=(far + extra,)) for extra in range(4)),
+        Shape("decode of a batch, windows on", 3, 1, pasts=(far, far, far)),
+        Shape("chunk, windows on", 1, 4, pasts=(far,)),
+    ]
+    if far >= window + 9:
+        shapes.append(Shape("chunk longer than the window", 1, window + 9, pasts=(far - window,)))
+    of_rows = min(far, together - 6)
+    rows = [Shape("decode, rows windows apart", 3, 1, pasts=(of_rows, window - 1, of_rows // 2))]
+    if by_rows:
+        chunk = Shape("padded chunk, windows on", 3, 5, pasts=rows[0].pasts, lengths=(2, 5, 1))
+        rows.append(chunk)
+    length = min(longest, together, max(10 * min(window, 60) + 7, min(window, 1024) + 40))
+    rows += _in_calls_of_windows(window, length, longest, with_rows=by_rows)
+    return (
+        [s for s in shapes if far > 0 and s.total <= longest],
+        [s for s in rows if of_rows > 0 and s.total <= longest],
+    )
+
+
+def _in_calls_of_windows(window: int, length: int, longest: int, *, with_rows: bool) -> list[Shape]:
+    """Chunks about as long as the window, with tokens between them, in several calls."""
+    count = 3
+    tokens: list[tuple[int, ...]] = [(1,) * count] * 3
+    sizes = (window + 1, max(1, window // 2), min(2 * window, window + 64))
+    ragged: list[tuple[int, ...]] = [
+        (window + 1, 1, window // 2 + 1),
+        (1, window, 2),
+        (3, 2, window + 2),
+    ]
+    plans = {"chunks and tokens": [(size,) * count for size in sizes]}
+    if with_rows:
+        plans["chunks and tokens, rows of different lengths"] = ragged
+    shapes = [Shape("batch of three", count, length)]
+    for name, chunks in plans.items():
+        steps: list[tuple[int, ...]] = []
+        used = [0] * count
+        for step in itertools.cycle([*tokens, *chunks] if with_rows else tokens):
+            if not steps:
+                step = chunks[0]
+            if max(n + s for n, s in zip(used, step, strict=True)) > length:
+                break
+            used = [n + s for n, s in zip(used, step, strict=True)]
+            steps.append(step)
+        if steps and sum(max(step) for step in steps) <= longest:
+            shapes.append(Shape(name, count, length, steps=tuple(steps)))
     return shapes
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rope_export.artifacts.artifact import Artifact
-from rope_export.artifacts.cache_layout import MASK, CacheLayout
+from rope_export.artifacts.cache_layout import KINDS, MASK, CacheLayout
 from rope_export.checks import positive_integer
 from rope_export.errors import BadInputError, first_line
 from rope_export.runtime import required
@@ -21,6 +21,7 @@ from rope_export.runtime.decoder_steps import (
     uncaptured,
 )
 from rope_export.runtime.session import Session, on_device, to_ort
+from rope_export.runtime.windows import check_rewind, window_slots
 
 Array = npt.NDArray[Any]
 State = tuple[Array, Array, list[Any]]
@@ -45,6 +46,9 @@ class Decoder:
         layout: how it keeps its cache.
         batch: rows.
         capacity: tokens each row has room for (default, and at most, the longest the graph serves).
+        window_capacity: slots of layers that keep a window only (default: the window, and no other
+            where the graph was made for CUDA). With more, tokens move less often, and drafts of up
+            to so many more can be taken back by `restore`.
         cuda_graph: capture the decoding step on CUDA and replay it.
 
     Raises:
@@ -58,6 +62,7 @@ class Decoder:
         *,
         batch: int = 1,
         capacity: int | None = None,
+        window_capacity: int | None = None,
         cuda_graph: bool = False,
     ) -> None:
         batch = positive_integer("batch", batch)
@@ -73,6 +78,7 @@ class Decoder:
         self.layout = layout
         self.batch = batch
         self.capacity = capacity
+        self._slots = window_slots(layout, window_capacity)
         self._captures = cuda_graph
         self._captured: CapturedStep | None = None
         self._step: BoundStep | None = None
@@ -88,6 +94,7 @@ class Decoder:
         self._cache_dtype = _dtype(inputs[next(layout.names())[0]].type)
         self._binding = session.raw.io_binding()
         self._buffers: list[Any] = []
+        self._lengths: npt.NDArray[np.int64] = np.zeros(batch, dtype=np.int64)
         self.reset()
 
     @classmethod
@@ -98,6 +105,7 @@ class Decoder:
         provider: str = "cpu",
         batch: int = 1,
         capacity: int | None = None,
+        window_capacity: int | None = None,
         cuda_graph: bool = False,
     ) -> Decoder:
         """Open the artifact in ``folder`` on ``provider``.
@@ -121,7 +129,14 @@ class Decoder:
         options = {"enable_cuda_graph": "1"} if cuda_graph else None
         session = Session.open(artifact.model, provider, provider_options=options)
         session.require_placed()
-        return cls(session, layout, batch=batch, capacity=capacity, cuda_graph=cuda_graph)
+        return cls(
+            session,
+            layout,
+            batch=batch,
+            capacity=capacity,
+            window_capacity=window_capacity,
+            cuda_graph=cuda_graph,
+        )
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -136,8 +151,14 @@ class Decoder:
         """Forget the tokens added since a `state`: drafts that were refused, other branches.
 
         With one buffer for past and present, only states from which no other tokens were added in
-        between can be gone back to: later tokens take the place of earlier ones.
+        between can be gone back to: later tokens take the place of earlier ones. Where layers keep
+        a window only, those tokens must not have pushed out earlier ones either.
+
+        Raises:
+            BadInputError: they have; the message says how many tokens can be taken back.
         """
+        if self.layout.packs_rows:
+            check_rewind(self.layout, self._slots, self._lengths, state[0])
         lengths, self._mask, self._buffers = state
         self._lengths = lengths.copy()
 
@@ -148,9 +169,10 @@ class Decoder:
         if self.layout.packs_rows and self._buffers:
             return
         length = self.capacity if self.layout.packs_rows else 0
+        slots = [kept or length for kept in self._slots for _ in KINDS]
         self._buffers = [
-            _zeros((self.batch, heads, length, width), self)
-            for _, _, heads, width in self.layout.names()
+            _zeros((self.batch, heads, size, width), self)
+            for (_, _, heads, width), size in zip(self.layout.names(), slots, strict=True)
         ]
         if self.layout.packs_rows:  # for good: past and present stay where they are
             for (past, present, *_), value in zip(self.layout.names(), self._buffers, strict=True):

@@ -96,7 +96,12 @@ def _driven(session: runtime.Session, trial: Trial, artifact: Artifact) -> dict[
     columns = sum(max(step) for step in trial.steps)
     # Longer than needed, as an application's is.
     capacity = min(columns + _ROOM, layout.capacity)
-    decoder = runtime.Decoder(session, layout, batch=trial.batch, capacity=capacity)
+    slots = None  # the window itself, or more where rows differ
+    if layout.windows and len(set(trial.steps[0])) > 1 and not any(c.slots for c in layout.layers):
+        slots = max(layout.windows) + _ROOM
+    decoder = runtime.Decoder(
+        session, layout, batch=trial.batch, capacity=capacity, window_capacity=slots
+    )
     tokens, ids = trial.inputs[layout.tokens], trial.inputs.get("position_ids")
     expected = trial.expected[layout.output]
     output = np.zeros(expected.shape, decoder.output_dtype)
@@ -176,6 +181,7 @@ def _stored_expectations(
             raise ValueError
         places["tokens"] = new_places(mask, vector.sequence)
         places["cache"] = cache_places(mask, packs_rows=graph["packs_rows"])
+    windows = graph.get("windows", {})
     if vector.steps:
         places["tokens"] = given_places(vector.steps)
     expected = {}
@@ -187,8 +193,12 @@ def _stored_expectations(
         axes = 2 if kind == "tokens" and "block" in artifact.config else int(kind != "whole")
         if output.shape[:axes] != (vector.batch, vector.sequence)[:axes]:
             raise ValueError
-        rows = rows_of(output, places[kind], kind).astype(np.float64)
-        expected[name] = Expected(rows, places[kind], bound, kind, output.shape)
+        at = places[kind]
+        if name in windows:
+            capacity = output.shape[2]
+            at = cache_places(mask, packs_rows=True, window=windows[name], capacity=capacity)
+        rows = rows_of(output, at, kind).astype(np.float64)
+        expected[name] = Expected(rows, at, bound, kind, output.shape)
     return expected
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rope_export.artifacts.cache_layout import resident
+
 Array = npt.NDArray[Any]
 Places = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """Batch rows and columns, one pair a token."""
@@ -92,15 +94,37 @@ def new_places(mask: npt.NDArray[np.int64], length: int) -> Places:
     return row, column
 
 
-def cache_places(mask: npt.NDArray[np.int64], *, packs_rows: bool) -> Places:
+def cache_places(
+    mask: npt.NDArray[np.int64], *, packs_rows: bool, window: int = 0, capacity: int = 0
+) -> Places:
     """Batch row and slot in the present of every token that is none of padding, row by row.
 
     Args:
         mask: ``[B, T]``.
         packs_rows: whether each row's tokens lie from its first slot on.
+        window: where a cache holds no more than that, the window: of the tokens that lie in it.
+        capacity: slots of such a cache.
     """
+    if window:
+        totals = mask.astype(bool).sum(axis=1)
+        row, token = window_tokens(totals, window, capacity)
+        return row, token - (totals - resident(totals, window, capacity))[row]
     row, column = np.nonzero(mask)
     return (row, (np.cumsum(mask, axis=1) - 1)[row, column]) if packs_rows else (row, column)
+
+
+def window_tokens(totals: npt.NDArray[np.int64], window: int, capacity: int) -> Places:
+    """Batch row and number of every token in a cache of the window, row by row.
+
+    Args:
+        totals: tokens of each row so far.
+        window: of the cache.
+        capacity: its slots.
+    """
+    kept = resident(totals, window, capacity)
+    row = np.repeat(np.arange(len(totals)), kept)
+    tokens = [np.arange(n - k, n) for n, k in zip(totals, kept, strict=True)]
+    return row, np.concatenate([*tokens, np.zeros(0, dtype=np.int64)]).astype(np.int64)
 
 
 def given_places(steps: tuple[tuple[int, ...], ...]) -> Places:
