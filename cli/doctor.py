@@ -75,7 +75,8 @@ def _rows(found: Diagnosis) -> Iterator[Row]:
     yield "", ""
     yield "provider", "state"
     for name, provider in found.providers.items():
-        yield name, "loads" if provider.loads else f"does not load: {provider.reason}"
+        without = ", without cuDNN" if provider.cudnn is False else ""
+        yield name, f"loads{without}" if provider.loads else f"does not load: {provider.reason}"
         if provider.remedy:
             yield "", f"to load it: {provider.remedy}"
     yield "", ""

@@ -16,10 +16,11 @@ import mutants
 import pytest
 import torch
 from commands import COMMAND, Run
+from fake_cuda import FakeCuda, libraries
 from rope_export._cli import run as run_command
 from torch.onnx._internal.exporter import _registration
 
-from rope_export import ExportResult, export
+from rope_export import ExportResult, export, runtime
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -117,3 +118,24 @@ def artifact_of_block(proven_block: Callable[..., ExportResult]) -> ExportResult
 def exports(tmp_path_factory: pytest.TempPathFactory) -> mutants.Exports:
     """Blocks with a cache, exported when they are first asked for."""
     return mutants.Exports(tmp_path_factory.mktemp("exports"))
+
+
+@pytest.fixture(scope="session")
+def fake_libraries(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Libraries that stand in for CUDA's, where a compiler and onnxruntime-gpu are."""
+    provider = runtime.providers.library_folder() / runtime.providers.CUDA_LIBRARY
+    reason = libraries.why_not(provider)
+    if reason is not None:
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("fake_cuda")
+    libraries.build(provider, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cuda(fake_libraries: Path) -> Iterator[dict[bool, FakeCuda]]:
+    """Processes with a CUDA device that is none, without cuDNN and with it."""
+    devices = {cudnn: FakeCuda(fake_libraries, cudnn=cudnn) for cudnn in (False, True)}
+    yield devices
+    for device in devices.values():
+        device.end()

@@ -29,6 +29,7 @@ from rope_export.exporting.eager import evaluating
 from rope_export.exporting.module import DrawInputs, ModuleRequest
 from rope_export.exporting.request import Request
 from rope_export.exporting.subject import Subject
+from rope_export.runtime import cudnn
 from rope_export.runtime.trial import Progress, Trial, silent
 
 AUTO = "auto"
@@ -226,7 +227,10 @@ def _write(
         model = subject.graph()
         graph.save(model, folder)
         evidence = prover.evidence(subject, progress)
-        evidence = replace(evidence, notes=[*notes, *evidence.notes])
+        described = graph.description(model, folder)
+        needs = cudnn.needs(described["ops"]) if "cuda" in request.providers else None
+        limits = [] if needs is None else [needs]
+        evidence = replace(evidence, notes=[*notes, *limits, *evidence.notes])
         vectors = _store(folder, evidence.trials)
         description = {
             "name": path.name,
@@ -236,7 +240,7 @@ def _write(
             "runs_on": subject.runs_on(),
             **subject.facts(model),
             "proven": evidence.proven,
-            **graph.description(model, folder),
+            **described,
             **({"race": [runner.to_json() for runner in runners]} if runners else {}),
         }
         config = {

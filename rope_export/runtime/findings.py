@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from rope_export.runtime import packages, required
+from rope_export.runtime import cudnn, packages, required
 from rope_export.runtime.machine import gpus_are_hidden
 from rope_export.runtime.packages import ONNXRUNTIME, Dependency
 from rope_export.runtime.pytorch import OVERRIDE
@@ -57,6 +57,11 @@ def notes(found: Diagnosis) -> Iterator[str]:
         yield from newer_than_tested(_versions(found))
     if found.onnxruntime.version is not None:
         yield from required.limits(found.onnxruntime.version)
+    if any(state.cudnn is False for state in found.providers.values()):
+        yield (
+            f"{cudnn.LIBRARY} does not load: on CUDA, graphs with MultiHeadAttention (float32 "
+            f"blocks), convolutions or ReduceMax do not run: {cudnn.remedy()}"
+        )
     if gpus_are_hidden():
         yield "CUDA_VISIBLE_DEVICES hides every GPU from this process"
     elif found.torch.cuda and found.machine.gpus and not found.torch.devices:

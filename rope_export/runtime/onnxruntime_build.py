@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from rope_export.artifacts.targets import ENDPOINTS
 from rope_export.errors import first_line
-from rope_export.runtime import packages, providers
+from rope_export.runtime import cudnn, packages, providers
 from rope_export.runtime.libraries import missing_libraries
 
 _DRIVER_LIBRARY = "libcuda.so.1"
@@ -74,12 +74,14 @@ class Provider:
         reason: why not, or None.
         missing: libraries that the loader does not find, as far as known.
         remedy: what to do about it, or None.
+        cudnn: of CUDA that loads, whether cuDNN does; else None.
     """
 
     loads: bool
     reason: str | None = None
     missing: tuple[str, ...] = ()
     remedy: str | None = None
+    cudnn: bool | None = None
 
     @property
     def why(self) -> str:
@@ -101,7 +103,7 @@ class Provider:
         except Exception as error:  # onnx is missing, of which the graph is made, or worse
             return cls(False, first_line(error))
         if reason is None:
-            return cls(True)
+            return cls(True, cudnn=not cudnn.is_missing())
         built_in = providers.onnxruntime_module().get_available_providers()
         if ENDPOINTS[name] not in built_in:
             return cls(False, reason, (), _with_gpu(build))

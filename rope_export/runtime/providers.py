@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import onnxruntime
 
 CUDA_LIBRARY = "libonnxruntime_providers_cuda.so"
+# Neither as they are nor zeros are they what `tiny_model` makes of them.
+_GIVEN = (-2.0, 3.0, -1.0, 5.0)
 # fp32 is compared with fp32: onnxruntime would use TF32 tensor cores on CUDA otherwise.
 _PROVIDER_OPTIONS: dict[str, dict[str, str]] = {"cpu": {}, "cuda": {"use_tf32": "0"}}
 
@@ -58,8 +60,8 @@ def check_name(provider: str) -> None:
 def unavailable_reason(provider: str) -> str | None:
     """Why ``provider`` cannot be used on this machine, or None when it can.
 
-    A provider that is listed is not taken at its word: its library is loaded and a session is
-    opened on it.
+    A provider that is listed is not taken at its word: its library is loaded, a session is opened
+    on it, and what it computes is looked at.
     """
     check_name(provider)
     if provider == "cpu":
@@ -85,6 +87,23 @@ def unavailable_reason(provider: str) -> str | None:
         return f"{endpoint} does not start: {first_line(error)}"
     if endpoint not in session.get_providers():
         return f"{endpoint} is listed but a session on it falls back to the CPU (no usable device?)"
+    # A driver that does not fit, or libraries that stand in for CUDA's, may start and do nothing.
+    return _miscomputation(session, endpoint)
+
+
+def _miscomputation(session: onnxruntime.InferenceSession, endpoint: str) -> str | None:
+    """What is wrong with what `tiny_model` gives, or None."""
+    import numpy as np
+
+    given, wanted = np.array(_GIVEN, np.float32), [max(x, 0.0) for x in _GIVEN]
+    try:
+        (found,) = session.run(None, {"x": given})
+    except Exception as error:
+        return f"{endpoint} starts but does not run: {first_line(error)}"
+    if found.tolist() != wanted:
+        return (
+            f"{endpoint} starts but does not compute: Relu of {list(_GIVEN)} gives {found.tolist()}"
+        )
     return None
 
 
@@ -104,7 +123,10 @@ def tiny_model(*, opset: int = 18, ir_version: int = 8) -> bytes:
     """The smallest graph there is, to see whether it opens."""
     from onnx import TensorProto, helper
 
-    value = functools.partial(helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=[1])
+    shape = [len(_GIVEN)]
+    value = functools.partial(
+        helper.make_tensor_value_info, elem_type=TensorProto.FLOAT, shape=shape
+    )
     graph = helper.make_graph(
         [helper.make_node("Relu", ["x"], ["y"])], "g", [value("x")], [value("y")]
     )
@@ -117,7 +139,11 @@ def tiny_model(*, opset: int = 18, ir_version: int = 8) -> bytes:
 def open_session(
     model: bytes | str, provider: str, more_options: Mapping[str, str] | None = None
 ) -> onnxruntime.InferenceSession:
-    """Open a graph on ``provider``, with the CPU for shape arithmetic, recording assignment."""
+    """Open a graph on ``provider``, with the CPU for shape arithmetic, recording assignment.
+
+    What fails there fails: by default onnxruntime would run everything again on the CPU, and print
+    that it does.
+    """
     ort = onnxruntime_module()
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -127,7 +153,7 @@ def open_session(
     ]
     if provider != "cpu":
         providers.append(ENDPOINTS["cpu"])  # for shape arithmetic; checked afterwards
-    return ort.InferenceSession(model, options, providers=providers)
+    return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
 
 
 def environment() -> dict[str, Any]:

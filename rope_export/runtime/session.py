@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from rope_export.artifacts.targets import ENDPOINTS
 from rope_export.errors import ProviderUnavailableError, first_line
-from rope_export.runtime import required
+from rope_export.runtime import cudnn, required
 from rope_export.runtime.providers import (
     onnxruntime_module,
     open_session,
@@ -64,8 +64,8 @@ class Session:
         """Open ``model`` on ``provider``.
 
         Raises:
-            ProviderUnavailableError: the provider does not load, or onnxruntime is too old for
-                the graph.
+            ProviderUnavailableError: the provider does not load, onnxruntime is too old for the
+                graph, or it needs cuDNN and that is not here.
             RuntimeError: the graph does not load; the message is the runtime's first line.
         """
         require(provider)
@@ -81,10 +81,15 @@ class Session:
             raise RuntimeError(first_line(error)) from error
         placed: Counter[str] = Counter()
         misplaced: Counter[str] = Counter()
-        for endpoint, operator in _assigned(session, provider, model):
+        kept = set()
+        for endpoint, domain, operator in _assigned(session, provider, model):
             placed[endpoint] += 1
-            if endpoint != ENDPOINTS[provider] and operator in _COMPUTE_OPS:
+            if endpoint == ENDPOINTS[provider]:
+                kept.add(f"{domain}::{operator}")
+            elif operator in _COMPUTE_OPS:
                 misplaced[operator] += 1
+        if provider == "cuda":
+            cudnn.require(kept)
         return cls(provider, dict(placed), tuple(sorted(misplaced)), session)
 
     @property
@@ -135,8 +140,8 @@ class Session:
             raise RuntimeError(first_line(error)) from error
 
 
-def _assigned(session: Any, provider: str, model: Path) -> Iterator[tuple[str, str]]:
-    """Execution provider and operator of every node.
+def _assigned(session: Any, provider: str, model: Path) -> Iterator[tuple[str, str, str]]:
+    """Execution provider, domain and operator of every node.
 
     Raises:
         ProviderUnavailableError: the runtime does not say, and there is more than one.
@@ -144,12 +149,12 @@ def _assigned(session: Any, provider: str, model: Path) -> Iterator[tuple[str, s
     if hasattr(session, "get_provider_graph_assignment_info"):
         for subgraph in session.get_provider_graph_assignment_info():
             for node in subgraph.get_nodes():
-                yield subgraph.ep_name, node.op_type
+                yield subgraph.ep_name, node.domain, node.op_type
     elif provider == "cpu":  # where they all are, such as the file has them
         import onnx
 
         for node in onnx.load(model, load_external_data=False).graph.node:
-            yield ENDPOINTS[provider], node.op_type
+            yield ENDPOINTS[provider], node.domain, node.op_type
     else:
         raise ProviderUnavailableError(
             f"provider {provider} cannot be used here: {ENDPOINTS[provider]} may leave nodes to "

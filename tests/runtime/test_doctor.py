@@ -124,7 +124,7 @@ def test_what_works_here_is_said_to_work(capfd):
     assert document["packages"]["onnx"] == importlib.metadata.version("onnx")
     assert document["torch"]["version"] == sys.modules["torch"].__version__
     assert document["providers"]["cpu"] == {
-        "loads": True, "reason": None, "missing": [], "remedy": None,
+        "loads": True, "reason": None, "missing": [], "remedy": None, "cudnn": None,
     }  # fmt: skip
     assert {name: target["opset"] for name, target in document["targets"].items()} == OPSETS
     assert document["targets"]["ort"]["runs"]["cpu"] == {
