@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "interleaved, partly rotated": ({"layout": "interleaved", "rotary_dim": 32}, {}),
     "not causal": ({"causal": False}, {}),
     "head width 40": ({"head_dim": 40}, {}),
+    "values half as wide": ({"num_kv_heads": 8, "value_head_dim": 32}, {}),
     "positions as an input": ({}, {"position_ids": True}),
     "yarn": ({"scaling": {"rope_type": "yarn", "factor": 4}}, {}),
     "dynamic": (

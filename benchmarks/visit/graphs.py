@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +42,24 @@ def tokens_for(block: Attention, batch: int, length: int) -> Tensor:
 
 
 def graph(
-    block: Attention, folder: str, provider: str, *, cache: bool = False
+    block: Attention,
+    folder: str | Path,
+    providers: Sequence[str],
+    *,
+    target: str = "ort",
+    **options: Any,
 ) -> tuple[Path, CacheLayout | None]:
-    """The graph of a block alone: test vectors of long sequences take longer than a visit."""
-    request = BlockRequest.checked(
-        block,
-        target="ort",
-        providers=[provider],
-        max_seq_len=None,
-        position_ids=False,
-        static=False,
-        batch=1,
-        seed=0,
-        cache=cache,
-    )
+    """The graph of a block alone: test vectors of long sequences take longer than a visit.
+
+    Args:
+        block: the block.
+        folder: where the graph goes.
+        providers: it is made for.
+        target: its operators.
+        options: of `rope_export.export`, for blocks.
+    """
+    plain = {"max_seq_len": None, "position_ids": False, "static": False, "batch": 1, "seed": 0}
+    request = BlockRequest.checked(block, target=target, providers=providers, **plain | options)
     subject = Subject(request)
     save(subject.graph(), Path(folder))
     return Path(folder) / MODEL, subject.interface.layout
@@ -84,6 +88,23 @@ def capturable(model: Path) -> bool | str:
     return True
 
 
+def default(provider: str, tiny: bool) -> Iterator[Facts]:
+    """Where the nodes of the default block go, with a cache and without, in every dtype."""
+    for dtype in ("float32", "float16", *(["bfloat16"] if provider == "cuda" else [])):
+        block = random_block(
+            hidden_size=1024, num_heads=16, dtype=dtype, max_seq_len=64 if tiny else 4096
+        )
+        for cache in (False, True):
+            with tempfile.TemporaryDirectory() as folder:
+                session = opened(graph(block, folder, [provider], cache=cache)[0], provider)
+            yield {
+                "dtype": dtype,
+                "cache": cache,
+                "misplaced": session.misplaced,
+                "placement": placement(session),
+            }
+
+
 def ways_of(provider: str) -> dict[str, bool]:
     """Ways of decoding, and whether the step is captured."""
     return {"plain": False, "captured": True} if provider == "cuda" else {"plain": False}
@@ -98,7 +119,7 @@ def capture(provider: str, dtype: str, tiny: bool) -> Iterator[Facts]:
     mask = np.ones((2, length), np.int64)
     mask[1, length - _SHORTER :] = 0
     with tempfile.TemporaryDirectory() as folder:
-        model, layout = graph(block, folder, provider, cache=True)
+        model, layout = graph(block, folder, [provider], cache=True)
         assert layout is not None
         wanted = _eagerly(block.to(provider), length)
         for name, captured in ways_of(provider).items():

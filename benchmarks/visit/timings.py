@@ -47,7 +47,7 @@ def prefill(
     torch.set_grad_enabled(False)
     block = block_of(dtype, max(lengths), tiny)
     with tempfile.TemporaryDirectory() as folder:
-        session = opened(graph(block, folder, provider)[0], provider)
+        session = opened(graph(block, folder, [provider])[0], provider)
     yield {"placement": placement(session), "misplaced": session.misplaced}
     block.to(provider)
     for length in lengths:
@@ -92,7 +92,7 @@ def decode(
     torch.set_grad_enabled(False)
     block = block_of(dtype, max(lengths), tiny)
     with tempfile.TemporaryDirectory() as folder:
-        model, layout = graph(block, folder, provider, cache=True)
+        model, layout = graph(block, folder, [provider], cache=True)
         assert layout is not None
         block.to(provider)
         for length in lengths:

@@ -52,7 +52,8 @@ def attend_explicitly(
         scores = torch.tanh(scores / softcap) * softcap
     if visible is not None:
         visible = visible.unsqueeze(0) if visible.ndim == 2 else visible
-        visible = visible.repeat(1, groups, 1).unsqueeze(1)
+        # Not repeated: onnxruntime has no Tile of booleans on CUDA.
+        visible = torch.cat([visible] * groups, dim=1).unsqueeze(1)
         if visible.dtype == torch.bool:
             scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
         else:

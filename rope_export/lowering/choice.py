@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from rope_export.errors import BadInputError
+from rope_export.lowering import rules
 from rope_export.lowering.rules import BLOCKS_TO_WIN, FORMS, PLAIN, Form, Situation, broken_limits
 
 
@@ -20,9 +21,9 @@ class Choice:
         by_rows: whether several new tokens of a batch with a past are one call a row.
         window_block: tokens in a block when long prompts are computed by blocks, or 0.
         single: whether one token after a past is a call of its own.
-        captures: whether a decoding step can be a CUDA graph: nothing in it is counted on the host.
         window_cache: whether the cache holds the window only.
         one_length: whether all rows of a batch must be of one length, without padding.
+        repeats_heads: whether keys and values are given once for each query head.
         branches: what the graph decides while it runs, in plain words.
         limits: what the graph cannot do, in plain words.
     """
@@ -34,9 +35,9 @@ class Choice:
     by_rows: bool = False
     window_block: int = 0
     single: bool = False
-    captures: bool = False
     window_cache: bool = False
     one_length: bool = False
+    repeats_heads: bool = False
     branches: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
 
@@ -133,9 +134,10 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
         by_rows=by_rows,
         window_block=block,
         single=single,
-        captures=form.packs_rows and one.cache and not on_cpu,
         window_cache=one.window_cache,
         one_length=one_length,
+        repeats_heads=form.attention == rules.ATTENTION.attention
+        and any(rules.repeats_heads(s) for s in situations),
         branches=tuple(branches),
         limits=tuple(limits),
     )

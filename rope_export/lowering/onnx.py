@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from einops import repeat
 from torch import Tensor
 
 from rope_export.attention.block import Attention, Cache
@@ -70,6 +71,11 @@ def rotated_projections(
     return q, k, v
 
 
+def repeated_heads(x: Tensor, heads: int, wanted: int) -> Tensor:
+    """``[B, S, heads * width]`` with each head as often as it takes to have ``wanted``."""
+    return ops.merged_heads(repeat(x, "b s (h d) -> b s h g d", h=heads, g=wanted // heads))
+
+
 def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cache | None]:
     """Emit projections, rotation and Attention.
 
@@ -81,6 +87,10 @@ def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Ca
     widened = choice.form is rules.ATTENTION_IN_FLOAT32
     dtype = tokens.hidden_states.dtype
     q, k, v = rotated_projections(block, tokens.hidden_states, tokens.position_ids, widened=widened)
+    kv_heads = block.num_kv_heads
+    if choice.repeats_heads:
+        k, v = (repeated_heads(t, kv_heads, block.num_heads) for t in (k, v))
+        kv_heads = block.num_heads
     visible = call = None
     past = tokens.past
     if choice.window_cache and past is not None:
@@ -100,7 +110,7 @@ def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Ca
         k,
         v,
         num_heads=block.num_heads,
-        num_kv_heads=block.num_kv_heads,
+        num_kv_heads=kv_heads,
         scale=block.scale,
         causal=block.causal and visible is None,
         softcap=block.softcap,

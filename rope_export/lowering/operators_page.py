@@ -5,12 +5,13 @@ python -m rope_export.lowering.operators_page > docs/operators.md
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 from rope_export.artifacts.targets import TARGETS
 from rope_export.errors import BadInputError
 from rope_export.lowering import rules
 from rope_export.lowering.choice import Choice, choose
+from rope_export.lowering.kernels import DIFFERENCES
 from rope_export.lowering.rules import Form
 
 _FEATURES: dict[str, dict[str, object]] = {
@@ -59,13 +60,17 @@ _HEAD = """# Which operators a graph gets, and why
 
 Made from [`rope_export/lowering/rules.py`](../rope_export/lowering/rules.py) by
 `python -m rope_export.lowering.operators_page`; a test keeps the two equal. The limits were read in
-onnxruntime 1.31's kernels and checked on its CPU provider; those of CUDA were read only.
+onnxruntime 1.31's kernels and checked on its CPU provider; how those of CUDA are known is said at
+the end.
 
 For a block of 16 heads, 8 key/value heads of width 64 and sequences up to 16384, by target,
 provider and dtype. The first form is taken of which every limit holds on every `--provider`; the
 numbers are those of the reasons below, why better forms were passed over. `--qk-norm` adds an
 RMSNormalization for each of queries and keys and takes Q, K and V from products of their own;
 biases, `--scale` and `--layout` change no operator. bfloat16 is not possible on the CPU.
+"""
+_SEEN = """Nothing here was seen on a GPU. *host*: onnxruntime 1.31's CUDA provider was asked, whose
+kernels check types, shapes and attributes before they launch anything; else where it was read.
 """
 
 
@@ -91,6 +96,9 @@ def page() -> str:
     lines += [f"{number}. {reason}" for reason, number in reasons.items()]
     lines += ["", "## What a graph decides while it runs", ""]
     lines += [f"- {text}" for text in _branches()]
+    lines += ["", "## Where CUDA's kernels differ", "", _SEEN]
+    lines += ["| | cpu | cuda | so | seen |", "|---|---|---|---|---|"]
+    lines += [" ".join(f"| {cell}" for cell in astuple(each)) + " |" for each in DIFFERENCES]
     return "\n".join(lines) + "\n"
 
 

@@ -6,6 +6,7 @@ docs/ContribOperators.md (``com.microsoft``).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -95,6 +96,24 @@ def last_columns(columns: Tensor, count: int) -> Tensor:
         dtype=columns.dtype,
         shape=(columns.shape[0], count),
         version=13,
+    )
+
+
+def merged_heads(x: Tensor) -> Tensor:
+    """``[B, S, ..., width]`` to ``[B, S, heads * width]``, for an Attention.
+
+    Its shape inference takes a last axis that it does not know for one of no width; this one is
+    known, however the tensor came about.
+    """
+    width = math.prod(x.shape[2:])
+    like = torch.full((2,), 0, dtype=torch.int64)
+    last = torch.full((1,), width, dtype=torch.int64)
+    return torch.onnx.ops.symbolic(
+        "Reshape",
+        (x, torch.cat((like, last))),
+        dtype=x.dtype,
+        shape=(*x.shape[:2], width),
+        version=14,
     )
 
 

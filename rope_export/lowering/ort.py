@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange, repeat
 from torch import Tensor
 
 from rope_export.attention.block import Attention, Cache
@@ -38,11 +37,10 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
         hidden_states = packing.refuse_padding(hidden_states, new_tokens.last(tokens, mask))
     elif mask is not None:
         if choice.padding == "left":
-            hidden_states, position_ids, slots = packing.pack(tokens, captures=choice.captures)
+            hidden_states, position_ids, slots = packing.pack(tokens)
         else:
-            hidden_states = packing.refuse_other_padding(
-                hidden_states, new_tokens.last(tokens, mask), captures=choice.captures
-            )
+            real = new_tokens.last(tokens, mask)
+            hidden_states = packing.refuse_other_padding(hidden_states, real)
     table = None
     k: Tensor | None
     v: Tensor | None
@@ -68,11 +66,8 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
         last_index = (total_tokens - 1).to(torch.int32)
     elif tokens.past is not None and mask is not None:
         new = new_tokens.last(tokens, mask)
-        if choice.captures:  # the length counted where the mask is: from the host it is a copy
-            last_index = (mask.sum(-1) + (new == 0).sum(-1) - 1).to(torch.int32)
-        else:
-            earlier = mask.sum(-1) - new.sum(-1)
-            last_index = (earlier + (length - 1)).to(torch.int32)
+        # The length counted where the mask is: from the host it would be a copy to the device.
+        last_index = (mask.sum(-1) + (new == 0).sum(-1) - 1).to(torch.int32)
     layout: Layout = "half" if block.rope is None else block.rope.layout
     context, key, value = ops.group_query_attention(
         q,
@@ -97,21 +92,14 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
         counts=counts,
     )
     if slots is not None:
-        context = packing.take_rows(context, slots, captures=choice.captures)
+        context = ops.gather_rows(context, slots)
     return context, None if tokens.past is None else (key, value)
 
 
 def _mha(block: Attention, tokens: Tokens) -> Tensor:
     q, k, v = onnx.rotated_projections(block, tokens.hidden_states, tokens.position_ids)
-    groups = block.num_heads // block.num_kv_heads
-    if groups > 1:  # the operator has no grouped heads
-        k, v = (
-            rearrange(
-                repeat(t, "b s (h d) -> b s h g d", h=block.num_kv_heads, g=groups),
-                "b s h g d -> b s (h g d)",
-            )
-            for t in (k, v)
-        )
+    if block.num_heads > block.num_kv_heads:  # the operator has no grouped heads
+        k, v = (onnx.repeated_heads(t, block.num_kv_heads, block.num_heads) for t in (k, v))
     return ops.multi_head_attention(
         q,
         k,

@@ -5,7 +5,8 @@ to write an attention block; each target lists its forms from best to plainest, 
 whose every limit holds on every requested provider is taken. The reasons why better ones were
 passed over end up in the report.
 
-Limits were read in onnxruntime 1.31's kernels and checked on its CPU provider.
+Limits were read in onnxruntime 1.31's kernels and checked on its CPU provider; where CUDA's differ,
+`kernels` says how that is known.
 """
 
 from __future__ import annotations
@@ -224,8 +225,8 @@ _GQA = (
     ),
     Limit(
         "cuda",
-        lambda s: s.head_dim <= 256,
-        "GroupQueryAttention on CUDA takes head_dim up to 256, got {head_dim}",
+        lambda s: s.head_dim <= 512,
+        "GroupQueryAttention on CUDA takes head_dim up to 512, got {head_dim}",
     ),
 )
 
@@ -280,8 +281,10 @@ _MHA = (
     ),
     Limit(
         "cuda",
-        _dtypes("float32", "float16"),
-        "MultiHeadAttention has no {dtype} kernel on CUDA (float32 and float16 only)",
+        lambda s: not s.alone,
+        "MultiHeadAttention on CUDA needs cuDNN, and computes all scores of fewer than 256 float32 "
+        "tokens; Attention does neither",
+        runs=True,
     ),
 )
 
@@ -305,11 +308,27 @@ def _none(_: Situation) -> float:
     return 0.0
 
 
+def _attention_is_masked(s: Situation) -> bool:
+    return s.cache or s.mask or s.window > 0
+
+
+def repeats_heads(s: Situation) -> bool:
+    """Whether `Attention` is given keys and values for every query head.
+
+    On CUDA, float32 with grouped heads takes an unfused kernel, and with as many heads of each the
+    memory-efficient one. With a mask either may be unfused, and a cache has the grouped heads.
+    """
+    grouped = s.num_heads != s.num_kv_heads
+    return s.provider == "cuda" and s.dtype == "float32" and grouped and not _attention_is_masked(s)
+
+
 def _attention_copies(s: Situation) -> float:
     if s.provider == "cpu":
         return 2.5
-    # CUDA: flash for half precision; float32 with grouped heads is an unfused kernel.
-    return 2.5 if s.dtype == "float32" and s.num_heads != s.num_kv_heads else 0.0
+    # CUDA: flash for half precision, memory-efficient for float32. With a mask neither, unless
+    # there are a multiple of four keys; nor for odd widths.
+    fused = s.head_dim % 8 == 0 and s.value_head_dim % 8 == 0 and not _attention_is_masked(s)
+    return 0.0 if fused else 2.5
 
 
 def _primitive_copies(_: Situation) -> float:
