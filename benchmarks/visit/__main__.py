@@ -4,8 +4,9 @@ Each finding is appended to OUT/visit.jsonl as it comes, so that a cut loses not
 written down, and the next thing tried. Proofs run in processes side by side, timings alone.
 
 machine   versions, and whether the provider runs
+default   where the nodes of the default block go
+replay    proofs of the artifacts in --artifacts, made elsewhere (by --make)
 telling   proofs of the blocks that say most
-replay    proofs of the artifacts in --artifacts, made elsewhere
 capture   a decoding step captured as a CUDA graph against eager PyTorch
 prefill   onnxruntime beside eager and compiled PyTorch, and each one's kernels on the device
 decode    likewise, through `Decoder` and without it, captured and not
@@ -13,9 +14,12 @@ rotation  forward and backward beside a copy
 step      a compiled training step with and without RoPE
 matrix    proofs of every other target, dtype and variant
 
-From the repository root, installed or not:
+A stage begins nothing more when its seconds are over, whatever is left of it.
 
-    PYTHONPATH=benchmarks python -m visit --out /tmp/visit
+From the repository root, installed or not; the first where there is no GPU:
+
+    PYTHONPATH=benchmarks python -m visit --make /tmp/artifacts
+    PYTHONPATH=benchmarks python -m visit --out /tmp/visit --artifacts /tmp/artifacts
     PYTHONPATH=benchmarks python -m visit --out /tmp/visit --stages telling,matrix --budget 300
     PYTHONPATH=benchmarks python -m visit --out /tmp/visit --provider cpu --tiny
     PYTHONPATH=benchmarks python -m visit --out /tmp/visit --collect benchmarks/results/FILE
@@ -34,19 +38,23 @@ from visit import proofs
 from visit.findings import Findings
 from visit.processes import Job, do
 
-STAGES = (
-    "machine",
-    "telling",
-    "replay",
-    "capture",
-    "prefill",
-    "decode",
-    "rotation",
-    "step",
-    "matrix",
-)
+# Stages, and the seconds after which they begin nothing more: a quarter of an hour in all.
+STAGES = {
+    "machine": 30.0,
+    "default": 45.0,
+    "replay": 60.0,
+    "telling": 120.0,
+    "capture": 60.0,
+    "prefill": 90.0,
+    "decode": 90.0,
+    "rotation": 60.0,
+    "step": 90.0,
+    "matrix": 600.0,
+}
 SIDE_BY_SIDE = ("telling", "replay", "matrix")
 MEASURES = {
+    "machine": "visit.machine:look",
+    "default": "visit.graphs:default",
     "capture": "visit.graphs:capture",
     "prefill": "visit.timings:prefill",
     "decode": "visit.timings:decode",
@@ -60,7 +68,7 @@ def jobs_of(stage: str, asked: argparse.Namespace) -> list[Job]:
     """What a stage consists of."""
     provider = {"provider": asked.provider}
     if stage == "machine":
-        return [Job(stage, "visit.machine:look", provider)]
+        return [Job(stage, MEASURES[stage], provider)]
     if stage == "replay":
         folders = sorted(asked.artifacts.iterdir()) if asked.artifacts else []
         return [
@@ -68,6 +76,8 @@ def jobs_of(stage: str, asked: argparse.Namespace) -> list[Job]:
             for folder in folders
         ]
     common = {**provider, "tiny": asked.tiny}
+    if stage == "default":
+        return [Job(stage, MEASURES[stage], common)]
     if stage in ("telling", "matrix"):
         cases = proofs.TELLING if stage == "telling" else proofs.others()
         return [
@@ -92,9 +102,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m visit", description=__doc__)
     parser.formatter_class = argparse.RawTextHelpFormatter
     parser.add_argument("--provider", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="folder of what is found")
+    parser.add_argument("--make", type=Path, help="make the artifacts for --artifacts, and end")
     parser.add_argument("--stages", default=",".join(STAGES), help="in this order")
     parser.add_argument("--budget", type=float, default=800, help="seconds; nothing begins after")
+    parser.add_argument("--pace", type=float, default=1.0, help="factor on the seconds of stages")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) * 3 // 4))
     parser.add_argument("--seq", type=int, help="that blocks are proven at: 1024, 48 if tiny")
     parser.add_argument("--only", default="", help="pattern of the proofs, as 'ort.*cache'")
@@ -109,6 +121,11 @@ def main() -> None:
     lengths = asked.lengths or ("24,48" if asked.tiny else "4096,16384")
     asked.dtypes, asked.lengths = dtypes.split(","), [int(n) for n in lengths.split(",")]
     asked.seq = asked.seq or (48 if asked.tiny else 1024)
+    if asked.make:
+        proofs.make(asked.make, asked.provider, asked.tiny)
+        return
+    if asked.out is None:
+        parser.error("--out FOLDER is needed")
     if not set(stages) <= set(STAGES):
         parser.error(f"--stages: some of {', '.join(STAGES)}")
     asked.out.mkdir(parents=True, exist_ok=True)
@@ -116,9 +133,10 @@ def main() -> None:
     if asked.collect:
         findings.collect(asked.collect)
         return
-    until = time.monotonic() + asked.budget
+    end = time.monotonic() + asked.budget
     for stage in stages:
         jobs = jobs_of(stage, asked)
+        until = min(end, time.monotonic() + STAGES[stage] * asked.pace)
         if stage in SIDE_BY_SIDE:
             do(jobs, findings, asked.workers, until)
             continue

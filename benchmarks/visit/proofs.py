@@ -12,7 +12,7 @@ from typing import Any
 import providers
 from providers import VARIANTS
 
-from rope_export import BadInputError, replay
+from rope_export import BadInputError, export, replay
 from rope_export.artifacts.report import Report
 from rope_export.artifacts.targets import DTYPES, TARGETS
 from rope_export.attention.random_block import random_block
@@ -57,10 +57,7 @@ def prove(
 ) -> Iterator[Facts]:
     """Export a block and prove it."""
     shape, options = VARIANTS[variant]
-    shape = {**(TINY if tiny else SMALL), **shape}
-    if "num_kv_heads" in shape:
-        shape["num_kv_heads"] = min(_KV_HEADS, shape["num_kv_heads"])
-    block = random_block(**shape, dtype=dtype, max_seq_len=seq)
+    block = random_block(**_shape(shape, tiny), dtype=dtype, max_seq_len=seq)
     with tempfile.TemporaryDirectory() as folder:
         try:
             proof = providers.prove(
@@ -78,6 +75,38 @@ def prove(
         if provider == "cuda":
             on_the_cpu = placement(opened(proof.model, provider)).get("CPU")
             yield {"on_the_cpu": on_the_cpu, "capturable": capturable(proof.model)}
+
+
+# Artifacts that are made where there is no GPU and replayed where there is one.
+MADE: tuple[Case, ...] = (
+    ("ort", "float16", "grouped heads"),
+    ("ort", "bfloat16", "a cache"),
+    ("ort", "float16", "a cache and a window"),
+    ("ort", "float16", "a cache, padded on the left"),
+    ("ort", "float32", "positions as an input"),
+    ("ort", "bfloat16", "not causal"),
+    ("onnx", "float16", "a cache"),
+    ("primitive", "float32", "a cache"),
+)
+
+
+def make(folder: Path, provider: str, tiny: bool) -> None:
+    """Make the artifacts of `MADE`, with the vectors they are replayed with, if not there."""
+    for target, dtype, variant in MADE:
+        dtype = "float16" if provider == "cpu" and dtype == "bfloat16" else dtype
+        path = folder / f"{target} {dtype} {variant}".replace(",", "").replace(" ", "-")
+        if path.exists():
+            continue
+        shape, options = VARIANTS[variant]
+        block = random_block(**_shape(shape, tiny), dtype=dtype, max_seq_len=48 if tiny else 512)
+        export(block, path, target=target, providers=[provider], **options)
+
+
+def _shape(changes: dict[str, Any], tiny: bool) -> dict[str, Any]:
+    shape = {**(TINY if tiny else SMALL), **changes}
+    if "num_kv_heads" in shape:
+        shape["num_kv_heads"] = min(_KV_HEADS, shape["num_kv_heads"])
+    return shape
 
 
 def replayed(provider: str, folder: str) -> Iterator[Facts]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Iterator
 
 import torch
-from contenders import Task
+from contenders import ROTATIONS, Task
 from rotation import Case, measure
 from train import Contender, Judge, attention_kernel, compete, ratios
 
@@ -16,6 +17,8 @@ from visit.graphs import LARGE, TINY
 
 _LAYOUTS: tuple[Layout, ...] = ("half", "interleaved")
 _BLOCKS = ("ours", "ours interleaved", "no rope")
+# Kernels of others, of a triton that may not be there.
+_RIVALS = ("flash-attn", "liger")
 _ROUNDS = 30
 
 
@@ -49,7 +52,9 @@ def step(provider: str, dtype: str, tiny: bool) -> Iterator[Facts]:
         mode="static",
     )
     with attention_kernel(task):
-        contenders = [Contender(name, task) for name in _BLOCKS]
+        here = [name for name in _RIVALS if task.device in ROTATIONS[name].devices]
+        here = [name for name in here if importlib.util.find_spec(ROTATIONS[name].package)]
+        contenders = [Contender(name, task) for name in (*_BLOCKS, *here)]
         for contender in contenders:
             contender.compile()
         compete(contenders, Judge(task), 2 if tiny else _ROUNDS)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
+from visit.__main__ import STAGES
 from visit.findings import Findings
 from visit.processes import Job, do
 
@@ -48,3 +53,27 @@ def test_findings_are_collected_with_the_machine_apart(tmp_path, findings):
     document = json.loads((tmp_path / "all.json").read_text())
     assert (document["date"], document["machine"]["gpu"]) == ("2026-01-02", "a GPU")
     assert [line["stage"] for line in document["findings"]] == ["telling"]
+
+
+@pytest.mark.slow
+def test_every_stage_runs_on_the_cpu(tmp_path):
+    script = Path(__file__).parents[2] / "benchmarks" / "run.sh"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", script, "cuda", "--dry-run", tmp_path],
+        env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = lines(tmp_path)
+    assert {line["stage"] for line in found} == {*STAGES, "end"}
+    wrong = [line for line in found if "error" in line["found"]]
+    assert wrong == []
+    verdicts = [line["found"]["passed"] for line in found if "passed" in line["found"]]
+    assert verdicts
+    assert all(verdicts)
+    (document,) = tmp_path.glob("*-visit.json")
+    assert json.loads(document.read_text())["machine"]["unavailable"] is None
