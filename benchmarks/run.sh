@@ -24,7 +24,7 @@ if [ "$provider" = cuda ]; then
     scratch=$(mktemp -d)
     trap 'rm -rf "$scratch"' EXIT
     artifacts=$scratch/artifacts
-    visit=(--provider cpu --tiny --pace 0.1)
+    visit=(--provider cpu --tiny)
     python -m visit "${visit[@]}" --make "$artifacts"
   fi
   out=${1:-${scratch:-benchmarks/results}}
