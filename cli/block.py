@@ -9,9 +9,11 @@ import click
 
 from . import show
 from .options import (
+    ONNXRUNTIME,
     PROVIDERS_OF_AN_EXPORT,
     json_option,
     no_validate_option,
+    onnxruntime_option,
     provider_option,
     seed_option,
     speaking_of_options,
@@ -85,10 +87,11 @@ Examples:
     help="Artifact folder; an earlier artifact there is replaced.  [default: exported/block, or "
     "exported/NAME-layer-N of a checkpoint]",
 )
+@onnxruntime_option()
 @no_validate_option()
 @json_option()
 @click.pass_context
-@speaking_of_options(PARAMETERS)
+@speaking_of_options(PARAMETERS | ONNXRUNTIME)
 def block(
     context: click.Context,
     /,
@@ -104,6 +107,7 @@ def block(
     batch: int | None,
     seed: int,
     out: Path | None,
+    onnxruntime: str | None,
     no_validate: bool,
     as_json: bool,
     **of_the_block: Any,
@@ -119,6 +123,10 @@ def block(
 
         for provider in providers:
             runtime.require(provider)
+    if onnxruntime is not None:
+        from rope_export.runtime import required
+
+        required.chosen(onnxruntime, target, proven=not no_validate)
     if batch is not None and not static:
         raise click.UsageError(f"--batch {batch} is for static graphs: give --static too")
     if target == "auto" and no_validate:
@@ -155,6 +163,7 @@ def block(
         max_seq_len=longest,
         **interface,
         seed=seed,
+        onnxruntime=onnxruntime,
         validate=not no_validate,
         validate_on=providers,
         options={
@@ -163,6 +172,7 @@ def block(
             "providers": list(providers),
             **interface,
             "seed": seed,
+            "onnxruntime": onnxruntime,
             "validate": not no_validate,
         },
         notes=[widened] if widened else (),

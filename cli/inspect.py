@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +45,9 @@ def inspect(path: Path, family: str | None, as_json: bool) -> None:
     """Say how the ONNX file, artifact or checkpoint folder PATH does RoPE and attention.
 
     Of graphs: operators, rotation, positions served, where a score for every pair of tokens is in
-    memory, cache and files. Of checkpoints: each layer's attention. Nothing is run or loaded, and
-    PyTorch need not be installed for graphs.
+    memory, cache and files, and the onnxruntime they need. Of checkpoints: each layer's attention.
+    Nothing is run or loaded, and PyTorch need not be installed for graphs. An artifact that the
+    onnxruntime here is too old for is exit code 3.
     """
     document, rows = _inspected(path, family)
     with show.to_stdout():
@@ -54,6 +56,17 @@ def inspect(path: Path, family: str | None, as_json: bool) -> None:
         else:
             for label, text in rows:
                 click.echo(f"{label:<12} {text}".rstrip())
+    if document["kind"] == "artifact":
+        _check_onnxruntime(path)
+
+
+def _check_onnxruntime(path: Path) -> None:
+    """Check that the onnxruntime here, if there is one, runs the artifact."""
+    from rope_export.artifacts.artifact import Artifact
+    from rope_export.runtime import required
+
+    with suppress(ImportError):
+        required.check(Artifact.read(path, verify=False))
 
 
 def _inspected(path: Path, family: str | None) -> tuple[dict[str, Any], Iterable[Row]]:
@@ -145,8 +158,7 @@ def _artifact_rows(
         )
     if isinstance(config.get("export"), dict):
         yield "export", _settings(config["export"])
-    providers = " and ".join(map(str, graph["providers"]))
-    yield "graph", f"{graph['target']}, {graph['dtype']}, made for {providers}"
+    yield "graph", f"{graph['target']}, {graph['dtype']}, {show.made_for(graph)}"
     yield from _model_rows(model)
     for text in [*graph["branches"], *config["notes"]]:
         yield "note", text
@@ -259,6 +271,9 @@ def _model_rows(report: ModelReport) -> Iterator[Row]:
     yield "format", f"ONNX IR {report.ir_version}, {opsets}{made}"
     total = sum(report.weights.values())
     dtypes = ", ".join(f"{_size(size)} {name}" for name, size in report.weights.items())
+    if report.onnxruntime is not None:
+        why = [need.what for need in report.needs if need.version == report.onnxruntime]
+        yield "onnxruntime", f">={report.onnxruntime}: {', '.join(why)}"
     yield "weights", f"{_size(total)} ({dtypes})" if len(report.weights) > 1 else dtypes or "none"
     for file in report.external:
         yield "in file", _external(file)

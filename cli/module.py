@@ -13,9 +13,11 @@ from rope_export.errors import BadInputError
 
 from . import show
 from .options import (
+    ONNXRUNTIME,
     PROVIDERS_OF_AN_EXPORT,
     json_option,
     no_validate_option,
+    onnxruntime_option,
     provider_option,
     seed_option,
     speaking_of_options,
@@ -26,6 +28,7 @@ _OPTIONS = {
     "dynamic_shapes must": "--dynamic must",
     "dynamic_shapes of": "--dynamic of",
     "max_seq_len": "--seq",
+    **ONNXRUNTIME,
 }
 
 
@@ -87,6 +90,7 @@ Examples:
     help="Artifact folder; an earlier artifact there is replaced.  [default: exported/ and the "
     "name of the factory's file or module]",
 )
+@onnxruntime_option()
 @no_validate_option()
 @json_option()
 @speaking_of_options(_OPTIONS)
@@ -101,6 +105,7 @@ def module(
     providers: tuple[str, ...],
     seed: int,
     out: Path | None,
+    onnxruntime: str | None,
     no_validate: bool,
     as_json: bool,
 ) -> None:
@@ -120,6 +125,10 @@ def module(
 
         for provider in providers:
             runtime.require(provider)
+    if onnxruntime is not None:
+        from rope_export.runtime import required
+
+        required.chosen(onnxruntime, target, proven=not no_validate)
     steps("loading PyTorch")
     from rope_export.artifacts.folder import check_destination
     from rope_export.exporting.export import export
@@ -150,6 +159,7 @@ def module(
                 max_seq_len=seq,
                 padding=padding,
                 seed=seed,
+                onnxruntime=onnxruntime,
                 validate=not no_validate,
                 validate_on=providers,
                 options={
@@ -161,6 +171,7 @@ def module(
                     "target": target,
                     "providers": list(providers),
                     "seed": seed,
+                    "onnxruntime": onnxruntime,
                     "validate": not no_validate,
                 },
                 progress=steps,

@@ -112,6 +112,21 @@ def seed_option(of_what: str) -> Callable[[F], F]:
     )
 
 
+def onnxruntime_option() -> Callable[[F], F]:
+    """``--onnxruntime``."""
+    return click.option(
+        "--onnxruntime",
+        default=None,
+        metavar="VERSION",
+        help="The oldest onnxruntime that is to run the graph, 1.24 say; what needs a later one is "
+        "passed over.  [default: the one installed]",
+    )
+
+
+# Not the word alone, which is the name of a package.
+ONNXRUNTIME = {"onnxruntime must": "--onnxruntime must"}
+
+
 def no_validate_option() -> Callable[[F], F]:
     """``--no-validate``."""
     return click.option("--no-validate", is_flag=True, help="Export without running the graph.")

@@ -6,7 +6,7 @@ import json
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -95,8 +95,7 @@ def print_report(report: Report, path: Path) -> None:
         ("artifact", f"{path}  ({_files(path)})"),
         (
             "graph",
-            f"{graph['target']}, opset {graph['opset']}, {graph['dtype']}, "
-            f"made for {' and '.join(graph['providers'])}",
+            f"{graph['target']}, opset {graph['opset']}, {graph['dtype']}, {made_for(graph)}",
         ),
         ("operators", _operators(graph["ops"])),
         ("rotation", graph["rotation"]),
@@ -117,6 +116,13 @@ def print_report(report: Report, path: Path) -> None:
         click.echo(f"note         {note}")
     click.echo()
     click.echo(_verdict(report))
+
+
+def made_for(graph: Mapping[str, Any]) -> str:
+    """Providers, and the oldest onnxruntime, of which earlier artifacts say nothing."""
+    providers = " and ".join(map(str, graph["providers"]))
+    oldest = graph.get("onnxruntime")
+    return f"made for {providers}" + (f", onnxruntime >={oldest}" if oldest else "")
 
 
 def _print_providers(report: Report) -> None:

@@ -118,6 +118,9 @@ def _checked(config: dict[str, Any]) -> tuple[dict[str, str], tuple[Vector, ...]
         CacheLayout.from_json(graph["cache"])
     if graph["padding_mask"] is not None:
         _typed(graph, "padding_mask", str)
+    # Of artifacts that do not state it, it is read from the graph.
+    if "onnxruntime" in graph and not re.fullmatch(r"\d+\.\d+", _typed(graph, "onnxruntime", str)):
+        raise ValueError(f"onnxruntime is {graph['onnxruntime']!r}")
     kinds = set(_typed(graph, "outputs", dict).values())
     if not kinds <= {"tokens", "cache", "whole"}:
         raise ValueError(f"outputs are {', '.join(sorted(map(str, kinds)))}")

@@ -217,6 +217,8 @@ def _markdown(report: Report) -> list[str]:
         f"dtype {graph['dtype']}, made for {', '.join(graph['providers'])}",
         f"- attention `{graph['attention']}`, rotation `{graph['rotation']}`",
     ]
+    if graph.get("onnxruntime"):
+        lines.append(f"- runs in onnxruntime {graph['onnxruntime']} and later")
     if graph.get("ranges"):
         lines.append(f"- sizes: {_sizes(graph['ranges'], graph.get('proven', {}))}")
     lines += [f"- passed over: {reason}" for reason in graph["passed_over"]]

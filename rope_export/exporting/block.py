@@ -19,6 +19,7 @@ from rope_export.errors import BadInputError
 from rope_export.exporting.request import DEFAULT_LONGEST, Entry, checked_providers
 from rope_export.exporting.signature import Axes, Signature
 from rope_export.exporting.tracing import check_ranges
+from rope_export.inspection import since
 from rope_export.lowering import rules
 from rope_export.lowering.choice import Choice, choose
 from rope_export.lowering.target import Lengths
@@ -52,6 +53,7 @@ class BlockRequest:
         attention_mask: whether a mask comes in, as it always does with ``cache``.
         padding: the side on which prompts are padded.
         form: name of the form taken, or None: the best one that is legal.
+        onnxruntime: the oldest one the graph is to run in.
     """
 
     block: Attention
@@ -67,6 +69,7 @@ class BlockRequest:
     attention_mask: bool = False
     padding: str = "right"
     form: str | None = None
+    onnxruntime: str = since.NEWEST
 
     graph_name = "attention"
     learned = ()
@@ -87,6 +90,7 @@ class BlockRequest:
         attention_mask: bool = False,
         padding: str = "right",
         form: str | None = None,
+        onnxruntime: str = since.NEWEST,
     ) -> BlockRequest:
         """Check a request against the block.
 
@@ -161,6 +165,7 @@ class BlockRequest:
             attention_mask or bool(cache),
             padding,
             form,
+            onnxruntime,
         )
         request.choose()
         return request
@@ -193,6 +198,7 @@ class BlockRequest:
             cache=bool(self.cache),
             mask=self.attention_mask,
             padding=self.padding,
+            onnxruntime=self.onnxruntime,
         )
 
     def choose(self) -> Choice:

@@ -13,7 +13,7 @@ from torch import nn
 
 from rope_export import runtime
 from rope_export.artifacts.artifact import FORMAT
-from rope_export.artifacts.files import CONFIG, VECTORS, digests, write_json
+from rope_export.artifacts.files import CONFIG, MODEL, VECTORS, digests, write_json
 from rope_export.artifacts.folder import staged
 from rope_export.artifacts.report import Report
 from rope_export.artifacts.result import ExportResult
@@ -27,9 +27,10 @@ from rope_export.exporting.block import BlockRequest
 from rope_export.exporting.dynamic_shapes import DynamicShapes
 from rope_export.exporting.eager import evaluating
 from rope_export.exporting.module import DrawInputs, ModuleRequest
+from rope_export.exporting.oldest_runtime import oldest_onnxruntime
 from rope_export.exporting.request import Request
 from rope_export.exporting.subject import Subject
-from rope_export.runtime import cudnn
+from rope_export.runtime import cudnn, required
 from rope_export.runtime.trial import Progress, Trial, silent
 
 AUTO = "auto"
@@ -54,6 +55,7 @@ def export(
     static: bool = False,
     batch: int = 1,
     seed: int = 0,
+    onnxruntime: str | None = None,
     validate: bool = False,
     validate_on: Sequence[str] = (),
     options: dict[str, Any] | None = None,
@@ -108,6 +110,9 @@ def export(
         static: of a block, one batch and length instead of dynamic ones.
         batch: of a static block, its rows.
         seed: of the inputs of the test vectors.
+        onnxruntime: the oldest onnxruntime that is to run the graph, ``"1.24"`` say (default: the
+            one that is installed). Forms that need a later one are passed over, and a module that
+            does is refused.
         validate: prove the graph before it takes its place, and keep the report in
             ``ExportResult.report``.
         validate_on: providers that must load for the proof; without any, those the graph was made
@@ -123,15 +128,17 @@ def export(
         BadInputError: an argument is not acceptable, no operator is legal, or the module cannot be
             traced; nothing is written.
         ExportError: an axis that was to be dynamic came out narrower; nothing is written.
-        ProviderUnavailableError: validation was asked for and a provider does not load; nothing is
-            written.
+        ProviderUnavailableError: validation was asked for and a provider does not load, or the
+            onnxruntime here is older than the one asked for; nothing is written.
     """
+    proven = validate or target == AUTO
     common: dict[str, Any] = {
         "target": target,
         "providers": providers,
         "max_seq_len": max_seq_len,
         "padding": padding,
         "seed": seed,
+        "onnxruntime": required.chosen(onnxruntime, target, proven=proven),
     }
     of_a_block: dict[str, Any] = {
         "position_ids": position_ids,
@@ -176,6 +183,7 @@ def export(
         progress,
         runners,
         notes,
+        for_a_runtime=onnxruntime is not None,
     )
 
 
@@ -220,12 +228,15 @@ def _write(
     progress: Progress,
     runners: Sequence[stages.Runner] = (),
     notes: Sequence[str] = (),
+    *,
+    for_a_runtime: bool = False,
 ) -> ExportResult:
     request, prover = subject.request, stages.prover()
     with staged(path) as folder, evaluating(request.module):
         progress(f"tracing and lowering to {request.target}")
         model = subject.graph()
         graph.save(model, folder)
+        oldest = oldest_onnxruntime(subject, folder / MODEL, asked=for_a_runtime)
         evidence = prover.evidence(subject, progress)
         described = graph.description(model, folder)
         needs = cudnn.needs(described["ops"]) if "cuda" in request.providers else None
@@ -239,6 +250,7 @@ def _write(
             "providers": list(request.providers),
             "runs_on": subject.runs_on(),
             **subject.facts(model),
+            "onnxruntime": oldest,
             "proven": evidence.proven,
             **described,
             **({"race": [runner.to_json() for runner in runners]} if runners else {}),

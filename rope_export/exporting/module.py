@@ -19,6 +19,7 @@ from rope_export.exporting.parts import check_parts
 from rope_export.exporting.request import DEFAULT_LONGEST, Entry, checked_providers
 from rope_export.exporting.signature import Signature, signature_of
 from rope_export.exporting.tracing import NarrowedError
+from rope_export.inspection import since
 from rope_export.lowering import rules
 from rope_export.lowering.choice import Choice
 from rope_export.lowering.target import Lengths
@@ -41,6 +42,7 @@ class ModuleRequest:
         providers: providers the graph must be legal on.
         padding: the side on which prompts are padded.
         seed: of the inputs of the proof.
+        onnxruntime: the oldest one the graph is to run in.
     """
 
     form: str | None = None
@@ -55,6 +57,7 @@ class ModuleRequest:
         providers: tuple[str, ...],
         padding: str,
         seed: int,
+        onnxruntime: str = since.NEWEST,
     ) -> None:
         self.labelled = labelled
         self.call = labelled.call
@@ -65,6 +68,7 @@ class ModuleRequest:
         self.providers = providers
         self.padding = padding
         self.seed = seed
+        self.onnxruntime = onnxruntime
         self.dtype = _compute_dtype(self.call)
 
     @property
@@ -97,6 +101,7 @@ class ModuleRequest:
         max_seq_len: int | None,
         padding: str,
         seed: int,
+        onnxruntime: str = since.NEWEST,
     ) -> ModuleRequest:
         """Check a request against the module and its example.
 
@@ -120,6 +125,7 @@ class ModuleRequest:
             providers=chosen,
             padding=padding,
             seed=seed,
+            onnxruntime=onnxruntime,
         )
         if request.dtype == "bfloat16" and "cpu" in chosen:
             raise BadInputError(
@@ -136,6 +142,7 @@ class ModuleRequest:
             "max_seq_len": self.labelled.asked_longest,
             "padding": self.padding,
             "seed": self.seed,
+            "onnxruntime": self.onnxruntime,
             "output_names": self.output_names,
             "axes": {
                 leaf.name: {
@@ -192,6 +199,7 @@ class ModuleRequest:
             providers=tuple(content["providers"]),
             padding=content["padding"],
             seed=content["seed"],
+            onnxruntime=content.get("onnxruntime", since.NEWEST),
         )
 
     def known(self) -> tuple[Signature, tuple[Choice, ...]] | None:

@@ -81,6 +81,11 @@ class Request(Protocol):
         ...
 
     @property
+    def onnxruntime(self) -> str:
+        """The oldest onnxruntime the graph is to run in."""
+        ...
+
+    @property
     def seed(self) -> int:
         """Of the inputs of the proof."""
         ...

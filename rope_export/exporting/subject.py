@@ -103,7 +103,12 @@ class Subject:
     def _traced(self, entry: Entry) -> Traced:
         request = self.request
         target = Target(
-            request.target, request.providers, request.longest, request.padding, request.form
+            request.target,
+            request.providers,
+            request.longest,
+            request.padding,
+            request.form,
+            request.onnxruntime,
         )
         try:
             program = trace(

@@ -29,9 +29,9 @@ from rope_export.inspection.files import (
     read,
 )
 from rope_export.inspection.rope_patterns import Rotation, rotations
+from rope_export.inspection.since import IR_VERSIONS, NEWEST, OPSETS, Need, Node, needs
 
-# What onnxruntime 1.31 loads.
-_LATEST_OPSET, _LATEST_IR = 26, 13
+_LATEST_OPSET, _LATEST_IR = max(OPSETS), max(IR_VERSIONS)
 _KNOWN_DOMAINS = frozenset({"", "ai.onnx.ml", "com.microsoft"})
 _CACHED = re.compile(r"past|present|cache", re.IGNORECASE)
 
@@ -91,6 +91,8 @@ class ModelReport:
         model_bytes: size of the file itself.
         external: files of weights.
         local_paths: paths in metadata, or None.
+        needs: what is in it that not every onnxruntime has, what is newest first.
+        onnxruntime: the oldest that has all of it, as far as known, or None.
         notes: what to know before deploying it, in plain words.
     """
 
@@ -111,6 +113,8 @@ class ModelReport:
     model_bytes: int
     external: tuple[ExternalFile, ...]
     local_paths: LocalPaths | None
+    needs: tuple[Need, ...]
+    onnxruntime: str | None
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -141,6 +145,9 @@ def inspect_model(path: Path) -> ModelReport:
     for tensor in tensors:
         weights[values.dtype_name(tensor.dtype)] += int(tensor.nbytes)
     opsets = {domain or "ai.onnx": version for domain, version in model.opset_imports.items()}
+    asked_for = needs(
+        (_asked(node) for _, node in nodes), opsets.get("ai.onnx", 1), model.ir_version
+    )
     report = ModelReport(
         ir_version=model.ir_version,
         opsets=dict(sorted(opsets.items())),
@@ -159,10 +166,27 @@ def inspect_model(path: Path) -> ModelReport:
         model_bytes=path.stat().st_size,
         external=external_files(tensors, path.parent),
         local_paths=paths,
+        needs=asked_for,
+        onnxruntime=asked_for[0].version if asked_for else None,
         notes=(),
     )
     problems = [*not_expanded, *(f"not valid ONNX: {text.split('. ')[0]}" for text in said[:1])]
     return replace(report, notes=(*problems, *_notes(report)))
+
+
+def _asked(node: ir.Node) -> Node:
+    """A node as what it asks of a runtime."""
+    read = {ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING}
+    graphs = [graph for each in node.attributes.values() for graph in values.subgraphs(each)]
+    return Node(
+        values.operator(node),
+        frozenset(place for place, value in enumerate(node.inputs) if value is not None),
+        {
+            name: each.value if not each.is_ref() and each.type in read else None
+            for name, each in node.attributes.items()
+        },
+        any(value.shape is None for graph in graphs for value in graph.outputs),
+    )
 
 
 def _interface(value: ir.Value) -> Interface:
@@ -214,9 +238,9 @@ def _cache(
 def _notes(report: ModelReport) -> Iterator[str]:
     opset = report.opsets.get("ai.onnx", 0)
     if opset > _LATEST_OPSET:
-        yield f"opset {opset}: onnxruntime 1.31 loads models up to opset {_LATEST_OPSET}"
+        yield f"opset {opset}: onnxruntime {NEWEST} loads models up to opset {_LATEST_OPSET}"
     if report.ir_version > _LATEST_IR:
-        yield f"IR version {report.ir_version}: onnxruntime 1.31 loads up to {_LATEST_IR}"
+        yield f"IR version {report.ir_version}: onnxruntime {NEWEST} loads up to {_LATEST_IR}"
     foreign = {name.split("::")[0] for name in report.operators if "::" in name} - _KNOWN_DOMAINS
     if foreign:
         yield f"operators of {', '.join(sorted(foreign))}: they need a library of their own"

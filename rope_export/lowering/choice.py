@@ -6,7 +6,15 @@ from dataclasses import dataclass, replace
 
 from rope_export.errors import BadInputError
 from rope_export.lowering import rules
-from rope_export.lowering.rules import BLOCKS_TO_WIN, FORMS, PLAIN, Form, Situation, broken_limits
+from rope_export.lowering.rules import (
+    BLOCKS_TO_WIN,
+    FORMS,
+    PLAIN,
+    Form,
+    Situation,
+    broken_limits,
+    oldest_onnxruntime,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,7 @@ class Choice:
         repeats_heads: whether keys and values are given once for each query head.
         branches: what the graph decides while it runs, in plain words.
         limits: what the graph cannot do, in plain words.
+        onnxruntime: the oldest one in which the form is right, or None: every one.
     """
 
     form: Form
@@ -40,6 +49,7 @@ class Choice:
     repeats_heads: bool = False
     branches: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
+    onnxruntime: str | None = None
 
 
 def legal_forms(target: str, situations: list[Situation]) -> list[str]:
@@ -140,6 +150,7 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
         and any(rules.repeats_heads(s) for s in situations),
         branches=tuple(branches),
         limits=tuple(limits),
+        onnxruntime=oldest_onnxruntime(form, situations),
     )
 
 

@@ -5,10 +5,12 @@ python -m rope_export.lowering.operators_page > docs/operators.md
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import astuple, replace
 
 from rope_export.artifacts.targets import TARGETS
 from rope_export.errors import BadInputError
+from rope_export.inspection import since
 from rope_export.lowering import rules
 from rope_export.lowering.choice import Choice, choose
 from rope_export.lowering.kernels import DIFFERENCES
@@ -72,6 +74,10 @@ biases, `--scale` and `--layout` change no operator. bfloat16 is not possible on
 _SEEN = """Nothing here was seen on a GPU. *host*: onnxruntime 1.31's CUDA provider was asked, whose
 kernels check types, shapes and attributes before they launch anything; else where it was read.
 """
+_OLDER = """\
+A graph is made for the onnxruntime that is installed, or for an older one that `--onnxruntime`
+names; what needs a later one is passed over. Versions are the oldest of 1.24 to 1.31 that run it
+on the CPU and are right."""
 
 
 def page() -> str:
@@ -92,6 +98,10 @@ def page() -> str:
     lines += ["| form | attention | rotation | scores in memory |", "|---|---|---|---|"]
     forms = dict.fromkeys(form for forms in rules.FORMS.values() for form in forms)
     lines += [_form(form) for form in forms]
+    lines += ["", "## In an older onnxruntime", "", *_OLDER.splitlines(), ""]
+    lines += ["| before | target | block | form |", "|---|---|---|---|", *_in_an_older_one(), ""]
+    lines += ["| what graphs may have | onnxruntime |", "|---|---|"]
+    lines += [f"| {each.what} | {each.version} |" for each in since.OURS]
     lines += ["", "## Reasons", ""]
     lines += [f"{number}. {reason}" for reason, number in reasons.items()]
     lines += ["", "## What a graph decides while it runs", ""]
@@ -120,9 +130,42 @@ def _cell(
     return f"{_SHORT[choice.form.name]}{by_blocks}{noted}"
 
 
+def _in_an_older_one() -> list[str]:
+    """What is taken where a limit of an older onnxruntime keeps the better form from being it."""
+    limits = {limit for forms in rules.FORMS.values() for form in forms for limit in form.limits}
+    versions = {limit.since.version for limit in limits if limit.since is not None}
+    alike: dict[tuple[str, str, str, str], dict[str, list[str]]] = {}
+    for version in sorted(versions, key=since.parts):
+        major, minor = since.parts(version)
+        for target, (name, feature), (provider, dtype) in itertools.product(
+            TARGETS, _FEATURES.items(), _COLUMNS
+        ):
+            plain = replace(rules.PLAIN, **feature, provider=provider, dtype=dtype)  # type: ignore[arg-type]
+            later, earlier = (
+                _SHORT[choose(target, [replace(plain, onnxruntime=number)]).form.name]
+                for number in (version, f"{major}.{minor - 1}")
+            )
+            if later != earlier:
+                blocks = alike.setdefault((version, target, later, earlier), {})
+                blocks.setdefault(name, []).append(f"{provider} {dtype}")
+    lines = []
+    for (version, target, later, earlier), blocks in alike.items():
+        where = "<br>".join(
+            name if len(columns) == len(_COLUMNS) else f"{name} ({', '.join(columns)})"
+            for name, columns in blocks.items()
+        )
+        lines.append(f"| {version} | `{target}` | {where} | {earlier} instead of {later} |")
+    return lines
+
+
 def _form(form: Form) -> str:
     rotation = "inside" if form.rotation is None else f"`{form.rotation.removeprefix('::')}`"
-    memory = "on cpu: none" if not form.score_copies(rules.PLAIN) else "on cpu: all pairs of tokens"
+    memory = "on cpu: all pairs of tokens"
+    if not form.score_copies(rules.PLAIN):
+        capped = replace(rules.PLAIN, softcap=True)
+        memory = "on cpu: none"
+        if form.score_copies(capped):
+            memory += " in float32 without soft cap and sinks, else all pairs of tokens"
     attention = form.attention.removeprefix("::")
     return f"| {_SHORT[form.name]} | `{attention}` | {rotation} | {memory} |"
 

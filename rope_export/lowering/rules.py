@@ -6,7 +6,9 @@ whose every limit holds on every requested provider is taken. The reasons why be
 passed over end up in the report.
 
 Limits were read in onnxruntime 1.31's kernels and checked on its CPU provider; where CUDA's differ,
-`kernels` says how that is known.
+`kernels` says how that is known. A graph can be made for an older onnxruntime: a limit that not
+every one has says since when it is gone (`Limit.since`), of what was tried with each of them
+(`inspection.since`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
+from rope_export.inspection import since
+from rope_export.inspection.since import Feature
+
 if TYPE_CHECKING:
     from rope_export.attention.block import Attention
 
@@ -22,6 +27,8 @@ if TYPE_CHECKING:
 # that GroupQueryAttention's whole triangle is as fast.
 SMALLEST_BLOCK = 128
 BLOCKS_TO_WIN = 4
+# From here on the CPU's GroupQueryAttention needs no memory for scores: measured with each.
+_MEMORY_LINEAR = "1.28"
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,7 @@ class Situation:
         value_head_dim: width of a value head.
         alone: the graph is made for this provider only.
         window_cache: the cache holds the window only.
+        onnxruntime: the oldest one it is to run in.
     """
 
     provider: str
@@ -69,6 +77,12 @@ class Situation:
     value_head_dim: int = 0
     alone: bool = True
     window_cache: bool = False
+    onnxruntime: str = since.NEWEST
+
+    @property
+    def hides_keys(self) -> bool:
+        """Whether there may be keys that a query does not see."""
+        return self.causal or self.mask or self.window > 0
 
     @property
     def window_block(self) -> int:
@@ -112,6 +126,7 @@ def situations(
     cache: bool = False,
     mask: bool = False,
     padding: str = "right",
+    onnxruntime: str = since.NEWEST,
 ) -> list[Situation]:
     """Describe ``block`` once for each provider."""
     rope = block.rope
@@ -135,6 +150,7 @@ def situations(
             sinks=block.sinks is not None,
             value_head_dim=block.value_head_dim,
             window_cache=cache and block.window_cache,
+            onnxruntime=onnxruntime,
         )
         for provider in providers
     ]
@@ -149,18 +165,53 @@ class Limit:
         holds: whether a situation fulfils it.
         reason: what is said when it does not, with the situation's fields.
         runs: the form would run and be right all the same, only slower.
+        since: what an onnxruntime must have not to have this limit, or None: all have it.
     """
 
     provider: str | None
     holds: Callable[[Situation], bool]
     reason: str
     runs: bool = False
+    since: Feature | None = None
 
     def broken_by(self, situation: Situation) -> bool:
         """Whether the situation is outside this limit."""
-        if self.provider not in (None, situation.provider):
-            return False
-        return not self.holds(situation)
+        lifted = self.since is not None and not since.is_older(
+            situation.onnxruntime, self.since.version
+        )
+        return self._met_by(situation) and not lifted
+
+    def needs(self, situation: Situation) -> str | None:
+        """The oldest onnxruntime in which this limit does not break, or None: any."""
+        return self.since.version if self.since and self._met_by(situation) else None
+
+    def why(self, situation: Situation) -> str:
+        """The reason, with the values of a situation that breaks it."""
+        asked = " and ".join(
+            name
+            for name, needed in (
+                ("a past", situation.cache),
+                ("padding", situation.mask),
+                ("a window", situation.window),
+            )
+            if needed
+        )
+        said = self.reason.format(
+            **asdict(situation),
+            window_block=situation.window_block,
+            long_prompt=BLOCKS_TO_WIN * situation.window_block,
+            what_is_masked=asked,
+        )
+        if self.since is None:
+            return said
+        return (
+            f"{said} (before onnxruntime {self.since.version}; the graph is made for "
+            f"{situation.onnxruntime})"
+        )
+
+    def _met_by(self, situation: Situation) -> bool:
+        counts = self.provider in (None, situation.provider)
+        return counts and not self.holds(situation)
 
 
 @dataclass(frozen=True)
@@ -292,6 +343,12 @@ _MHA = (
 _ATTENTION_IN_FLOAT32 = (
     *ANY_GRAPH,
     Limit(None, lambda s: not s.sinks, "Attention has no sinks"),
+    Limit(
+        None,
+        lambda s: not (s.softcap and s.hides_keys),
+        "Attention caps the scores of hidden keys too, which then count",
+        since=since.SOFTCAP_BEHIND_MASK,
+    ),
 )
 
 _ATTENTION = (
@@ -304,7 +361,20 @@ _ATTENTION = (
 )
 
 
-def _none(_: Situation) -> float:
+def _gqa_copies(s: Situation) -> float:
+    if s.provider != "cpu":
+        return 0.0
+    if s.dtype != "float32":  # attended in float32
+        return 2.0
+    plain = s.causal and not s.softcap and not s.sinks
+    return 0.0 if plain and not since.is_older(s.onnxruntime, _MEMORY_LINEAR) else 1.0
+
+
+def _copies_but_in_blocks(s: Situation) -> float:
+    return 0.0 if s.by_blocks else _gqa_copies(s)
+
+
+def _mha_copies(_: Situation) -> float:
     return 0.0
 
 
@@ -337,10 +407,22 @@ def _primitive_copies(_: Situation) -> float:
 
 _ROTARY = "::RotaryEmbedding"
 GQA_ROTATING = Form(
-    "gqa_rotating", "com.microsoft::GroupQueryAttention", None, _GQA_ROTATES, _none, packs_rows=True
+    "gqa_rotating",
+    "com.microsoft::GroupQueryAttention",
+    None,
+    _GQA_ROTATES,
+    _gqa_copies,
+    packs_rows=True,
 )
-GQA = Form("gqa", "com.microsoft::GroupQueryAttention", _ROTARY, _GQA, _none, packs_rows=True)
-MHA = Form("mha", "com.microsoft::MultiHeadAttention", _ROTARY, _MHA, _none)
+GQA = Form(
+    "gqa",
+    "com.microsoft::GroupQueryAttention",
+    _ROTARY,
+    _GQA,
+    _copies_but_in_blocks,
+    packs_rows=True,
+)
+MHA = Form("mha", "com.microsoft::MultiHeadAttention", _ROTARY, _MHA, _mha_copies)
 ATTENTION = Form("attention", "::Attention", _ROTARY, _ATTENTION, _attention_copies)
 ATTENTION_IN_FLOAT32 = Form(
     "attention_in_float32", "::Attention", _ROTARY, _ATTENTION_IN_FLOAT32, _attention_copies
@@ -358,21 +440,14 @@ FORMS: dict[str, tuple[Form, ...]] = {
 def broken_limits(form: Form, situations: list[Situation], *, to_run: bool = False) -> list[str]:
     """Reasons why ``form`` is not to be used, or with ``to_run`` cannot be; empty when it is."""
     return [
-        limit.reason.format(
-            **asdict(situation),
-            window_block=situation.window_block,
-            long_prompt=BLOCKS_TO_WIN * situation.window_block,
-            what_is_masked=" and ".join(
-                name
-                for name, needed in (
-                    ("a past", situation.cache),
-                    ("padding", situation.mask),
-                    ("a window", situation.window),
-                )
-                if needed
-            ),
-        )
+        limit.why(situation)
         for situation in situations
         for limit in form.limits
         if limit.broken_by(situation) and not (to_run and limit.runs)
     ]
+
+
+def oldest_onnxruntime(form: Form, situations: list[Situation]) -> str | None:
+    """The oldest onnxruntime in which ``form`` is right, as far as it is asked for; None: any."""
+    needed = [limit.needs(s) for s in situations for limit in form.limits]
+    return max(filter(None, needed), key=since.parts, default=None)

@@ -17,6 +17,7 @@ from rope_export.attention.tokens import Tokens
 from rope_export.attention.visibility import token_order
 from rope_export.attention.window_cache import check_capacity
 from rope_export.errors import BadInputError
+from rope_export.inspection import since
 from rope_export.lowering import (
     new_tokens,
     onnx,
@@ -65,6 +66,7 @@ class Target:
         longest: longest sequence served.
         padding: the side on which prompts are padded.
         form: name of the form every attention takes, or None: the best.
+        onnxruntime: the oldest one the graph is to run in.
         choices: filled while tracing, one entry for each attention lowered.
         lengths: likewise, one entry for each attention and each rotation on its own.
         windows: likewise, keys that came in as a cache of the window, and the window.
@@ -76,6 +78,7 @@ class Target:
     longest: int
     padding: str = "right"
     form: str | None = None
+    onnxruntime: str = since.NEWEST
     choices: list[Choice] = field(default_factory=list)
     lengths: list[Lengths] = field(default_factory=list)
     windows: list[tuple[Tensor, int]] = field(default_factory=list)
@@ -102,6 +105,7 @@ class Target:
             cache=tokens.past is not None,
             mask=tokens.attention_mask is not None,
             padding=self.padding,
+            onnxruntime=self.onnxruntime,
         )
         choice = choose(self.name, describe(self.providers), self.form)
         self.choices.append(choice)

@@ -52,6 +52,8 @@ REASON = {
     "mha on cuda": "MultiHeadAttention on CUDA needs cuDNN, and computes all scores",
     "sinks": "Attention has no sinks",
     "half on cpu": "Attention on the CPU rounds its float16 scores to float16",
+    "capped": "Attention caps the scores of hidden keys too, which then count (before onnxruntime "
+    "1.27; the graph is made for {})",
 }
 CACHE = {"cache": True, "mask": True}
 LEFT = {"padding": "left"}
@@ -321,9 +323,19 @@ def test_bfloat16_on_the_cpu_is_refused_with_the_reason(target, providers):
 @pytest.mark.parametrize(
     ("target", "provider", "changes", "copies"),
     [
-        ("ort", "cpu", {}, 0.0),
+        # Measured, in float32 copies of the scores of 4096 tokens.
+        ("ort", "cpu", {"dtype": "float32"}, 0.0),
+        ("ort", "cpu", {"dtype": "float32", "onnxruntime": "1.28"}, 0.0),
+        ("ort", "cpu", {"dtype": "float32", "onnxruntime": "1.27"}, 1.0),
+        ("ort", "cpu", {"dtype": "float32", "softcap": True}, 1.0),
+        ("ort", "cpu", {"dtype": "float32", "sinks": True}, 1.0),
+        ("ort", "cpu", {}, 2.0),
+        ("ort", "cpu", {"sinks": True, "onnxruntime": "1.24"}, 2.0),
         ("ort", "cpu", {"causal": False}, 0.0),
+        ("ort", "cpu", {"window": 512, "dtype": "float32"} | CACHE, 0.0),
+        # Of blocks there is only one at a time.
         ("ort", "cpu", {"window": 512} | CACHE, 0.0),
+        ("ort", "cuda", {"sinks": True}, 0.0),
         ("ort", "cpu", {"head_dim": 12}, 2.5),
         ("ort", "cpu", {"head_dim": 12, "sinks": True}, 6.0),
         ("onnx", "cuda", {"sinks": True}, 6.0),
@@ -340,6 +352,48 @@ def test_bfloat16_on_the_cpu_is_refused_with_the_reason(target, providers):
 def test_the_copies_of_the_scores_are_known(target, provider, changes, copies):
     choice = choose(target, on((provider,), **changes))
     assert choice.score_copies == {provider: copies}
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "before", "form", "otherwise"),
+    [
+        ("onnx", {"dtype": "float32", "softcap": True}, "1.27", "attention", "decomposed"),
+        ("onnx", {"softcap": True} | CACHE, "1.27", "attention_in_float32", "decomposed"),
+        (
+            "onnx",
+            {"dtype": "float32", "softcap": True, "causal": False, "window": 5},
+            "1.27",
+            "attention",
+            "decomposed",
+        ),
+        (
+            "ort",
+            {"dtype": "float32", "softcap": True, "head_dim": 12},
+            "1.27",
+            "attention",
+            "decomposed",
+        ),
+        # Nothing is hidden from anyone.
+        ("onnx", {"dtype": "float32", "softcap": True, "causal": False}, None, "attention", ""),
+        ("ort", {"softcap": True, "sinks": True} | CACHE, None, "gqa_rotating", ""),
+        ("primitive", {"softcap": True}, None, "primitive", ""),
+    ],
+    ids=str,
+)
+def test_a_form_that_needs_a_later_onnxruntime_is_passed_over(
+    target, changes, before, form, otherwise
+):
+    choice = choose(target, on(("cpu",), **changes))
+    assert (choice.form.name, choice.onnxruntime) == (form, before)
+    for number in range(24, 32):
+        version = f"1.{number}"
+        earlier = choose(target, on(("cpu",), **changes, onnxruntime=version))
+        if before is None or number >= 27:
+            assert earlier == choice
+            continue
+        assert earlier.form.name == otherwise
+        assert earlier.onnxruntime is None
+        assert REASON["capped"].format(version) in earlier.reasons
 
 
 # What the graph does while it runs: one call a row for chunks of a batch, blocks of the window.
@@ -410,6 +464,7 @@ STEPS = [
     {"window": 512},
     {"window": 3, "longest": 512},
     {"softcap": True},
+    {"softcap": True, "onnxruntime": "1.26"},
     {"sinks": True},
     {"mask": True},
     {"padding": "left"},
@@ -493,7 +548,11 @@ def test_every_limit_can_be_broken_and_says_so_with_its_values(limit):
                 name: DERIVED[name](situation) if name in DERIVED else getattr(situation, name)
                 for name in re.findall(r"{(\w+)}", limit.reason)
             }
-            assert reason == limit.reason.format(**values)
+            plain = limit.reason.format(**values)
+            assert reason.startswith(plain)
+            assert (reason == plain) == (limit.since is None)
+            if limit.since is not None:
+                assert reason.endswith(f"the graph is made for {situation.onnxruntime})")
             assert "{" not in reason
             assert "None" not in reason
             assert "" not in values.values()
@@ -560,6 +619,7 @@ def test_a_block_is_described_once_for_each_provider(rope, rotary_dim, tabled, c
         ({}, {"mask": True}, {"mask": True}),
         ({}, {"mask": True, "padding": "left"}, {"mask": True, "padding": "left"}),
         ({"window": 7}, CACHE, CACHE | {"window": 7}),
+        ({}, {"onnxruntime": "1.24"}, {"onnxruntime": "1.24"}),
         # These change no operator's limits.
         ({"qk_norm": True, "qkv_bias": True, "out_bias": True, "scale": 0.3}, {}, {}),
     ],
