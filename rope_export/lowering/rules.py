@@ -259,6 +259,12 @@ _GQA = (
     *ANY_GRAPH,
     Limit(None, lambda s: s.causal, "GroupQueryAttention is always causal"),
     Limit(
+        None,
+        lambda s: not s.window_cache,
+        "GroupQueryAttention has no cache of the window only",
+        since=since.WINDOW_CACHE,
+    ),
+    Limit(
         "cuda",
         _dtypes("float16", "bfloat16"),
         "GroupQueryAttention has no {dtype} kernel on CUDA (float16 and bfloat16 only)",
