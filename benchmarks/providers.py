@@ -59,6 +59,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a cache and positions": ({"num_kv_heads": 8}, {"cache": True, "position_ids": True}),
     "a window": ({"num_kv_heads": 8, "window": 64}, {}),
     "a cache and a window": ({"num_kv_heads": 8, "window": 64}, {"cache": True}),
+    "a cache of the window": ({"num_kv_heads": 8, "window": 16}, {"cache": "window"}),
     "soft cap": ({"num_kv_heads": 8, "softcap": 30.0}, {}),
     "sinks": ({"num_kv_heads": 8, "sinks": True}, {"cache": True}),
     "norms of queries and keys": ({"num_kv_heads": 8, "qk_norm": True}, {"cache": True}),

@@ -42,6 +42,7 @@ TELLING: tuple[Case, ...] = (
     ("onnx", "bfloat16", "a cache"),
     ("primitive", "float32", "a cache"),
     ("primitive", "bfloat16", "grouped heads"),
+    ("ort", "float16", "a cache of the window"),
     ("ort", "float16", "sinks"),
     ("ort", "float16", "norms of queries and keys"),
 )
@@ -84,6 +85,7 @@ MADE: tuple[Case, ...] = (
     ("ort", "float16", "a cache and a window"),
     ("ort", "float16", "a cache, padded on the left"),
     ("ort", "float32", "positions as an input"),
+    ("ort", "float16", "a cache of the window"),
     ("ort", "bfloat16", "not causal"),
     ("onnx", "float16", "a cache"),
     ("primitive", "float32", "a cache"),

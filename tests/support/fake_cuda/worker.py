@@ -69,6 +69,7 @@ class Graph:
         self.device = device
         self.path = path
         self.layout = layout
+        self.windows = layout is not None and any(layer.window for layer in layout.layers)
         self.raw = open_session(str(path), "cuda")
         self.rng = np.random.default_rng(0)
 
@@ -78,7 +79,7 @@ class Graph:
         refused = [f"{name}: {error}" for name, call in self.calls() if (error := tried(call))]
         found = {"placed": placed, "offences": offences, "refused": refused}
         if self.layout is not None:
-            found["copies"] = self.copies()
+            found["copies"] = [0, 0] if self.windows else self.copies()
             if self.layout.packs_rows:
                 found["captured"] = tried(self.capture) or True
         return found
@@ -90,6 +91,8 @@ class Graph:
         if layout is not None:
             apart = layout.packs_rows and not layout.by_rows
             shapes = _CACHED if apart else _CACHED + _BY_ROWS
+            if self.windows:  # one buffer for past and present, as a Decoder has it
+                shapes = ()
         for length, past, rows in shapes:
             given = self.inputs(length, past, rows)
             run = functools.partial(self.session(self.raw).run, given)
