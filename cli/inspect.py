@@ -158,8 +158,9 @@ def _artifact_rows(
         )
     if isinstance(config.get("export"), dict):
         yield "export", _settings(config["export"])
-    yield "graph", f"{graph['target']}, {graph['dtype']}, {show.made_for(graph)}"
-    yield from _model_rows(model)
+    providers = " and ".join(map(str, graph["providers"]))
+    yield "graph", f"{graph['target']}, {graph['dtype']}, made for {providers}"
+    yield from _model_rows(model, stated=graph.get("onnxruntime"))
     for text in [*graph["branches"], *config["notes"]]:
         yield "note", text
     yield "", ""
@@ -262,7 +263,8 @@ def _ranges(numbers: list[int]) -> str:
 # --- graphs ---------------------------------------------------------------------------------
 
 
-def _model_rows(report: ModelReport) -> Iterator[Row]:
+def _model_rows(report: ModelReport, stated: str | None = None) -> Iterator[Row]:
+    """Rows of a graph, and of an artifact, which states the oldest onnxruntime it was made for."""
     opsets = ", ".join(
         f"opset {version}" if name == "ai.onnx" else f"{name} {version}"
         for name, version in report.opsets.items()
@@ -271,9 +273,10 @@ def _model_rows(report: ModelReport) -> Iterator[Row]:
     yield "format", f"ONNX IR {report.ir_version}, {opsets}{made}"
     total = sum(report.weights.values())
     dtypes = ", ".join(f"{_size(size)} {name}" for name, size in report.weights.items())
-    if report.onnxruntime is not None:
-        why = [need.what for need in report.needs if need.version == report.onnxruntime]
-        yield "onnxruntime", f">={report.onnxruntime}: {', '.join(why)}"
+    oldest = stated or report.onnxruntime
+    if oldest is not None:
+        why = ", ".join(need.what for need in report.needs if need.version == oldest)
+        yield "onnxruntime", f">={oldest}{': ' if why else ''}{why}"
     yield "weights", f"{_size(total)} ({dtypes})" if len(report.weights) > 1 else dtypes or "none"
     for file in report.external:
         yield "in file", _external(file)

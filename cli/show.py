@@ -95,7 +95,8 @@ def print_report(report: Report, path: Path) -> None:
         ("artifact", f"{path}  ({_files(path)})"),
         (
             "graph",
-            f"{graph['target']}, opset {graph['opset']}, {graph['dtype']}, {made_for(graph)}",
+            f"{graph['target']}, opset {graph['opset']}, {graph['dtype']}, "
+            f"made for {' and '.join(graph['providers'])}{_oldest(graph)}",
         ),
         ("operators", _operators(graph["ops"])),
         ("rotation", graph["rotation"]),
@@ -118,11 +119,10 @@ def print_report(report: Report, path: Path) -> None:
     click.echo(_verdict(report))
 
 
-def made_for(graph: Mapping[str, Any]) -> str:
-    """Providers, and the oldest onnxruntime, of which earlier artifacts say nothing."""
-    providers = " and ".join(map(str, graph["providers"]))
+def _oldest(graph: Mapping[str, Any]) -> str:
+    """The oldest onnxruntime, of which earlier artifacts say nothing."""
     oldest = graph.get("onnxruntime")
-    return f"made for {providers}" + (f", onnxruntime >={oldest}" if oldest else "")
+    return f", onnxruntime >={oldest}" if oldest else ""
 
 
 def _print_providers(report: Report) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+import onnx
 import pytest
 from inspected import GQA, rotating
+from onnx import TensorProto, helper
 from rope_export._cli import main as commands
 from rope_export._cli.inspect import inspect
 
@@ -55,6 +57,9 @@ def test_the_command_on_an_artifact(command, artifact_of_block):
     assert "  rope       dim 16, theta 10000.0, layout half" in out
     assert f"rotation     {GQA}, half, 16 channels" in out
     assert "positions    up to 48 tokens" in out
+    assert [line for line in out.splitlines() if line.startswith("onnxruntime")] == [
+        "onnxruntime  >=1.24"
+    ]
     cases = json.loads((folder / "report.json").read_text())["cases"]
     assert f"PASSED: {len(cases)} comparisons" in out
     code, out, _ = command(folder, "--json")
@@ -142,3 +147,34 @@ def test_a_truncated_model_is_bad_input(command, tmp_path):
         code, out, err = command(path)
         assert (code, out) == (2, "")
         assert "truncated" in err
+
+
+def test_the_command_says_which_onnxruntime_a_foreign_graph_needs(command, tmp_path):
+    names = ["q", "k", "v", "", "", "last", "total"]
+    node = helper.make_node(
+        "GroupQueryAttention",
+        names,
+        ["y"],
+        domain="com.microsoft",
+        num_heads=2,
+        kv_num_heads=1,
+        causal=0,
+    )
+    values = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4, 32])
+        for name in (*filter(None, names), "y")
+    ]
+    model = helper.make_model(
+        helper.make_graph([node], "foreign", values[:-1], values[-1:]),
+        opset_imports=[helper.make_opsetid("", 18), helper.make_opsetid("com.microsoft", 1)],
+        ir_version=8,
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    code, out, _ = command(path)
+    assert code == 0
+    assert "onnxruntime  >=1.30: GroupQueryAttention with causal\n" in out
+    code, out, _ = command(path, "--json")
+    document = json.loads(out)["model"]
+    assert document["onnxruntime"] == "1.30"
+    assert [need["version"] for need in document["needs"]] == ["1.30", "1.18"]
