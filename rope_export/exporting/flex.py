@@ -71,10 +71,11 @@ def _attend(
     scores = (query.to(working) @ key.to(working).transpose(-1, -2)) * scale
     scores = score_mod(scores, *indices)
     scores = torch.where(seen, scores, float("-inf"))
-    largest = scores.amax(-1)
-    weights = torch.where(largest.isneginf().unsqueeze(-1), 0.0, scores.softmax(-1))
+    # Counted: a maximum needs cuDNN on CUDA.
+    count = (scores != float("-inf")).to(working).sum(-1, keepdim=True)
+    weights = torch.where(count == 0, 0.0, scores.softmax(-1))
     context = (weights @ value.to(working)).to(query.dtype)
-    return context, scores.logsumexp(-1), largest
+    return context, scores.logsumexp(-1), scores.amax(-1)
 
 
 def forget_tables(program: torch.export.ExportedProgram) -> None:

@@ -189,12 +189,15 @@ class _Call:
         return self.mask_dtype not in (None, ir.DataType.BOOL)
 
     def _seen(self, mask: Value, *, additive: bool) -> Value:
-        """Which rows see anything, with an axis of one key."""
+        """Which rows see anything, with an axis of one key.
+
+        Counted: a maximum needs cuDNN on CUDA.
+        """
         op = self.op
-        best = mask if additive else op.Cast(mask, to=_WIDE)
-        best = op.ReduceMax(best, self._ints([-1]), keepdims=1)
-        dtype = self._mask_dtype() if additive else _WIDE
-        return op.Greater(best, self._number(-math.inf if additive else 0.0, dtype))
+        if additive:
+            mask = op.Greater(mask, self._number(-math.inf, self._mask_dtype()))
+        count = op.ReduceSum(op.Cast(mask, to=_WIDE), self._ints([-1]), keepdims=1)
+        return op.Greater(count, self._number(0.0, _WIDE))
 
     def _mask_dtype(self) -> ir.DataType:
         # Half-precision masks are looked at in float32: not every provider compares less.

@@ -6,6 +6,7 @@ decided as on one: placement, shapes, types, attributes, whether a step can be c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,16 @@ def block_of(dtype: str, variant: str) -> tuple[Attention, dict[str, Any]]:
     return random_block(**shape, dtype=dtype), options
 
 
-def assert_served(cuda: Any, model: Path, layout: CacheLayout | None) -> Any:
+def assert_served(
+    cuda: Any, model: Path, layout: CacheLayout | None, *, needing: Sequence[str] = ()
+) -> Any:
     """All arithmetic is on CUDA, every call runs, and a step copies nothing and is captured.
 
-    cuDNN is there only where it is said that it is needed.
+    Without cuDNN, unless something is ``needing`` it.
     """
     nodes = onnx.load(model, load_external_data=False).graph.node
-    found = cuda[bool(cudnn.needing(f"{n.domain}::{n.op_type}" for n in nodes))].look(model, layout)
+    assert cudnn.needing(f"{n.domain}::{n.op_type}" for n in nodes) == [*needing]
+    found = cuda[bool(needing)].look(model, layout)
     assert "error" not in found, found["error"]
     assert found["offences"] == []
     assert found["refused"] == []
@@ -110,10 +114,14 @@ def test_every_form_is_among_them():
     assert taken == forms - others - {("ort", rules.MHA.name)}
 
 
-@pytest.mark.parametrize(("dtype", "variant"), [("float16", "a cache"), ("float32", "not causal")])
-def test_a_graph_for_both_providers_is_served_too(tmp_path, cuda, dtype, variant):
+@pytest.mark.parametrize(
+    ("dtype", "variant", "needing"),
+    [("float16", "a cache", []), ("float32", "not causal", ["MultiHeadAttention"])],
+)
+def test_a_graph_for_both_providers_is_served_too(tmp_path, cuda, dtype, variant, needing):
     block, options = block_of(dtype, variant)
-    assert_served(cuda, *graph(block, tmp_path, ["cpu", "cuda"], **options))
+    made = graph(block, tmp_path, ["cpu", "cuda"], **options)
+    assert_served(cuda, *made, needing=needing)
 
 
 class Layer(torch.nn.Module):
