@@ -238,17 +238,20 @@ class Attention(nn.Module):
         ]
         return ", ".join(parts)
 
-    def empty_cache(self, batch: int = 1, *, capacity: int | None = None) -> Cache:
+    def empty_cache(
+        self, batch: int = 1, *, capacity: int | None = None, window_cache: bool | None = None
+    ) -> Cache:
         """A past of no tokens, to begin with: ``[batch, num_kv_heads, 0, head_dim]`` twice.
 
-        With ``window_cache`` there are ``capacity`` slots instead of 0: the window (default) or
-        more. Keys then move every ``capacity - window + 1`` tokens instead of with each.
+        With ``window_cache`` (default: as built) there are ``capacity`` slots instead of 0: the
+        window (default) or more. Keys then move every ``capacity - window + 1`` tokens instead of
+        with each.
 
         Raises:
             BadInputError: the capacity is less than the window, or there is no window cache.
         """
         slots = 0
-        if self.window_cache:
+        if self._by_window(window_cache):
             assert self.window is not None
             slots = self.window if capacity is None else positive_integer("capacity", capacity)
             check_capacity("capacity", slots, self.window)
@@ -273,6 +276,7 @@ class Attention(nn.Module):
         offset: int | Tensor = 0,
         past: None = None,
         attention_mask: Tensor | None = None,
+        window_cache: bool | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -284,6 +288,7 @@ class Attention(nn.Module):
         offset: int | Tensor = 0,
         past: Cache,
         attention_mask: Tensor | None = None,
+        window_cache: bool | None = None,
     ) -> tuple[Tensor, Cache]: ...
 
     def forward(
@@ -294,6 +299,7 @@ class Attention(nn.Module):
         offset: int | Tensor = 0,
         past: Cache | None = None,
         attention_mask: Tensor | None = None,
+        window_cache: bool | None = None,
     ) -> Tensor | tuple[Tensor, Cache]:
         """Attend within one batch of sequences, or to their cached past as well.
 
@@ -310,6 +316,7 @@ class Attention(nn.Module):
             attention_mask: ``[B, P + S]``, 1 for a real token and 0 for padding, past first. A
                 token's place in its row is the number of ones before it. Outputs at padded
                 positions are unspecified. With ``window_cache`` ``[B, T]`` of the whole sequence.
+            window_cache: whether ``past`` holds the window only (default: as built).
 
         Returns:
             ``[B, S, hidden_size]``; with ``past`` also the cache of ``P + S`` tokens, or of the
@@ -320,12 +327,20 @@ class Attention(nn.Module):
         """
         target = dispatch.computer()
         if target is not None:
-            tokens = Tokens(hidden_states, position_ids, offset, past, attention_mask)
+            tokens = Tokens(
+                hidden_states,
+                position_ids,
+                offset,
+                past,
+                attention_mask,
+                past is not None and self._by_window(window_cache),
+            )
             context, present = target.attend(self, tokens)
             lowered: Tensor = self.o_proj(context)
             return lowered if present is None else (lowered, present)
-        self.check_inputs(hidden_states, past, attention_mask)
-        if past is not None and self.window_cache:
+        by_window = past is not None and self._by_window(window_cache)
+        self.check_inputs(hidden_states, past, attention_mask, by_window=by_window)
+        if past is not None and by_window:
             assert attention_mask is not None  # checked
             return self._with_window_cache(
                 hidden_states, past, attention_mask, position_ids=position_ids, offset=offset
@@ -373,17 +388,29 @@ class Attention(nn.Module):
         output = self.merge(self.attend(q, k, v, visible=call.visible))
         return output, (call.kept(k), call.kept(v))
 
+    def _by_window(self, asked: bool | None) -> bool:
+        by_window = self.window_cache if asked is None else asked
+        if by_window:
+            self.check_window_cache()
+        return by_window
+
     def check_inputs(
-        self, hidden_states: Tensor, past: Cache | None, attention_mask: Tensor | None
+        self,
+        hidden_states: Tensor,
+        past: Cache | None,
+        attention_mask: Tensor | None,
+        *,
+        by_window: bool = False,
     ) -> None:
         """Check the shapes and dtypes of a past and a mask against those of the new tokens.
+
+        With ``by_window`` the past holds the window only.
 
         Raises:
             BadInputError: one does not fit.
         """
         batch, length = hidden_states.shape[:2]
         earlier = 0
-        by_window = past is not None and self.window_cache
         if past is not None:
             earlier = past[0].shape[-2]
             for name, given, width in (

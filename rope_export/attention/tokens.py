@@ -17,6 +17,7 @@ class Tokens:
         offset: added to implied positions.
         past: rotated keys and values of earlier tokens, or None.
         attention_mask: ``[B, T]``, past first, or None.
+        window_cache: whether the past holds the window only.
     """
 
     hidden_states: Tensor
@@ -24,3 +25,4 @@ class Tokens:
     offset: int | Tensor = 0
     past: tuple[Tensor, Tensor] | None = None
     attention_mask: Tensor | None = None
+    window_cache: bool = False

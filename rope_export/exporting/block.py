@@ -22,7 +22,7 @@ from rope_export.exporting.tracing import check_ranges
 from rope_export.inspection import since
 from rope_export.lowering import rules
 from rope_export.lowering.choice import Choice, choose
-from rope_export.lowering.target import Lengths
+from rope_export.lowering.target import Target
 from rope_export.runtime.trial import OUTPUT, PRESENTS
 
 # None of the shapes a block is proven at.
@@ -198,6 +198,7 @@ class BlockRequest:
             cache=bool(self.cache),
             mask=self.attention_mask,
             padding=self.padding,
+            slots=(self.capacity or 0) if self.window else None,
             onnxruntime=self.onnxruntime,
         )
 
@@ -308,14 +309,14 @@ class BlockRequest:
         yield Entry(self.block, (hidden_states,), _with_past(tensors), _with_past(shapes))
 
     def signature_of(
-        self, program: torch.export.ExportedProgram, entry: Entry, lengths: Sequence[Lengths]
+        self, program: torch.export.ExportedProgram, entry: Entry, target: Target
     ) -> Signature:
         """Check that a trace kept every axis as wide as it was asked for.
 
         Raises:
             ExportError: one came out fixed or with a narrower range.
         """
-        del entry, lengths  # known beforehand
+        del entry, target  # known beforehand
         ranges = self.ranges()
         check_ranges(
             program,

@@ -156,6 +156,7 @@ class _Found:
     """Kept apart from the module, whose own attributes a trace restores."""
 
     leaves: list[Leaf]
+    given: tuple[Tensor, ...] = ()
 
 
 class Flat(nn.Module):
@@ -183,8 +184,13 @@ class Flat(nn.Module):
         """What the results of the last call are called."""
         return self._found.leaves
 
+    def place_of(self, tensor: Tensor) -> int | None:
+        """Which of the tensors of the last call it is, if any."""
+        return next((i for i, each in enumerate(self._found.given) if each is tensor), None)
+
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call, and take the result apart."""
+        self._found.given = tensors
         with self._around(self.module):
             result = self.call.call(tensors)
         self._found.leaves, results = outputs_of(

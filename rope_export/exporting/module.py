@@ -19,10 +19,11 @@ from rope_export.exporting.parts import check_parts
 from rope_export.exporting.request import DEFAULT_LONGEST, Entry, checked_providers
 from rope_export.exporting.signature import Signature, signature_of
 from rope_export.exporting.tracing import NarrowedError
+from rope_export.exporting.window_caches import windows_of
 from rope_export.inspection import since
 from rope_export.lowering import rules
 from rope_export.lowering.choice import Choice
-from rope_export.lowering.target import Lengths
+from rope_export.lowering.target import Target
 from rope_export.rope.embedding import RotaryEmbedding
 
 DrawInputs = Callable[[Mapping[str, int], np.random.Generator], Mapping[str, Any]]
@@ -218,15 +219,18 @@ class ModuleRequest:
         return iter(Entries(self.labelled, self.output_names, served))
 
     def signature_of(
-        self, program: torch.export.ExportedProgram, entry: Entry, lengths: Sequence[Lengths]
+        self, program: torch.export.ExportedProgram, entry: Entry, target: Target
     ) -> Signature:
         """Read what the graph takes and gives from its trace.
 
         Raises:
-            BadInputError: an axis came out fixed or narrower than asked for.
+            BadInputError: an axis came out fixed or narrower than asked for, or a cache of the
+                window is not to be told from others.
         """
-        assert isinstance(entry.module, Flat)
-        return signature_of(self.labelled, program, entry.module.outputs, lengths)
+        flat = entry.module
+        assert isinstance(flat, Flat)
+        windows = windows_of(self.labelled, flat, target.windows)
+        return signature_of(self.labelled, program, flat.outputs, target.lengths, windows)
 
     def narrowed(self, error: Exception) -> Exception:
         """What torch says of one of our flat tensors, in the caller's names."""

@@ -16,7 +16,7 @@ from rope_export.artifacts.targets import PROVIDERS, TARGETS
 from rope_export.errors import BadInputError
 from rope_export.exporting.signature import Signature
 from rope_export.lowering.choice import Choice
-from rope_export.lowering.target import Lengths
+from rope_export.lowering.target import Target
 
 DEFAULT_LONGEST = 4096
 
@@ -116,14 +116,14 @@ class Request(Protocol):
         ...
 
     def signature_of(
-        self, program: torch.export.ExportedProgram, entry: Entry, lengths: Sequence[Lengths]
+        self, program: torch.export.ExportedProgram, entry: Entry, target: Target
     ) -> Signature:
         """What a trace takes and gives, its axes checked.
 
         Args:
             program: traced from ``entry``.
             entry: how.
-            lengths: what attentions and rotations were given.
+            target: has noted what attentions and rotations were given.
         """
         ...
 

@@ -144,6 +144,7 @@ def signature_of(
     program: torch.export.ExportedProgram,
     outputs: Sequence[Leaf],
     lengths: Sequence[Lengths],
+    windows: Mapping[int, int],
 ) -> Signature:
     """Read the signature of a traced program.
 
@@ -152,6 +153,7 @@ def signature_of(
         program: traced from flat tensors.
         outputs: names of its results.
         lengths: what attentions and rotations were given.
+        windows: of layers whose cache holds the window only, the window.
 
     Raises:
         BadInputError: an axis that was to be dynamic came out fixed or with a narrower range.
@@ -198,7 +200,10 @@ def signature_of(
     )
     first = inputs[names[0]]
     sequence = _first_label([*news, *first[1:2]])
-    past = _first_label([*pasts, *(inputs[f"{PAST}.{n}.key"][2] for n in layers)])
+    keys = {n: inputs[f"{PAST}.{n}.key"] for n in layers}
+    past = _first_label([*pasts, *(axes[2] for n, axes in keys.items() if n not in windows)])
+    if windows:
+        past = past or _past_in_mask(inputs, sequence)
     totals = [f"{a}+{b}" for a, b in zip(pasts, news, strict=True) if a and b]
     totals += [f"{past}+{sequence}"] if past and sequence else []
     bounding = {text for text in [*news, *pasts, *totals] if isinstance(text, str) and text}
@@ -210,12 +215,19 @@ def signature_of(
         label: labels.range_of(label, program, limits, past=label == past, bounding=bounding)
         for label in labels.free()
     }
+    for n, window in windows.items():
+        slots = keys[n][2]
+        if isinstance(slots, str) and slots in free:
+            low, high = free[slots]
+            free[slots] = max(low, window), high
     batch = first[0] if first else None
     length: str | int | None = sequence
     of_mask = inputs[MASK][1] if _is_padding_mask(inputs) else None
     if length is None and len(first) > 1 and (layers or of_mask == first[1]):
         length = first[1]
     kinds = {leaf.name: _kind(leaf, gives[leaf.name], batch, length, past) for leaf in outputs}
+    kept = [n for n in windows for kind in KINDS if f"{PRESENT}.{n}.{kind}" in kinds]
+    kinds |= {f"{PRESENT}.{n}.{kind}": "cache" for n in kept for kind in KINDS}
     return Signature(
         inputs,
         gives,
@@ -226,10 +238,36 @@ def signature_of(
         layers,
         tuple(sorted(bounding)),
         length,
-        _reads_past([given[name] for name in names if name.startswith(f"{PAST}.")]),
+        _reads_past(
+            [
+                given[leaf.name]
+                for leaf in labelled.call.leaves
+                if leaf.name.startswith(f"{PAST}.") and leaf.layer not in windows
+            ]
+        ),
         _is_padding_mask(inputs),
         limits=limits,
+        windows=windows,
     )
+
+
+def _past_in_mask(inputs: Axes, sequence: str | None) -> str | None:
+    """Label of the cached tokens where only a mask counts them.
+
+    Raises:
+        BadInputError: it does not.
+    """
+    columns = inputs[MASK][1] if _is_padding_mask(inputs) else None
+    others = [name for name in names_in(str(columns)) if name != sequence]
+    if isinstance(columns, int) and sequence is None:  # of one size
+        return None
+    if columns is None or len(others) != 1 or not _is_sum(columns, others[0], sequence):
+        raise BadInputError(
+            f"a cache of the window does not say how many tokens there were: {MASK} [batch, past "
+            f"and new tokens] must be an input, and its axis 1 labelled as their sum, such as "
+            f"'past_sequence+{sequence or 'sequence'}', got {columns or 'none'}"
+        )
+    return others[0]
 
 
 def _is_padding_mask(inputs: Axes) -> bool:

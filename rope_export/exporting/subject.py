@@ -121,7 +121,7 @@ class Subject:
             )
         except ExportError as error:
             raise request.narrowed(error) from error
-        signature = request.signature_of(program, entry, target.lengths)
+        signature = request.signature_of(program, entry, target)
         return Traced(program, signature, target, entry.prefix, entry.note)
 
     @cached_property

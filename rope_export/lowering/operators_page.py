@@ -29,6 +29,7 @@ _FEATURES: dict[str, dict[str, object]] = {
         "cache": True,
         "mask": True,
         "window_cache": True,
+        "slots": 512,
     },
     "`--softcap`": {"softcap": True},
     "`--sinks`": {"sinks": True},
@@ -173,7 +174,7 @@ def _form(form: Form) -> str:
 def _branches() -> list[str]:
     cached = replace(rules.PLAIN, cache=True, mask=True, window=512)
     on_cuda = replace(cached, provider="cuda", dtype="float16")
-    by_window = [replace(each, window_cache=True) for each in (cached, on_cuda)]
+    by_window = [replace(each, window_cache=True, slots=512) for each in (cached, on_cuda)]
     choices: list[Choice] = [choose("ort", [each]) for each in (cached, on_cuda, *by_window)]
     texts = [text for choice in choices for text in (*choice.branches, *choice.limits)]
     return list(dict.fromkeys(texts))

@@ -55,6 +55,7 @@ class Situation:
         value_head_dim: width of a value head.
         alone: the graph is made for this provider only.
         window_cache: the cache holds the window only.
+        slots: of such a cache, 0 where that is any number.
         onnxruntime: the oldest one it is to run in.
     """
 
@@ -77,6 +78,7 @@ class Situation:
     value_head_dim: int = 0
     alone: bool = True
     window_cache: bool = False
+    slots: int = 0
     onnxruntime: str = since.NEWEST
 
     @property
@@ -126,9 +128,13 @@ def situations(
     cache: bool = False,
     mask: bool = False,
     padding: str = "right",
+    slots: int | None = None,
     onnxruntime: str = since.NEWEST,
 ) -> list[Situation]:
-    """Describe ``block`` once for each provider."""
+    """Describe ``block`` once for each provider.
+
+    ``slots`` are those of a cache of the window, 0 where that is any number; None: it keeps all.
+    """
     rope = block.rope
     return [
         Situation(
@@ -149,7 +155,8 @@ def situations(
             softcap=block.softcap is not None,
             sinks=block.sinks is not None,
             value_head_dim=block.value_head_dim,
-            window_cache=cache and block.window_cache,
+            window_cache=slots is not None,
+            slots=slots or 0,
             onnxruntime=onnxruntime,
         )
         for provider in providers
@@ -284,6 +291,11 @@ _GQA = (
         "cuda",
         lambda s: s.head_dim <= 512,
         "GroupQueryAttention on CUDA takes head_dim up to 512, got {head_dim}",
+    ),
+    Limit(
+        "cuda",
+        lambda s: not s.window_cache or s.slots == s.window,
+        "GroupQueryAttention on CUDA keeps a window in as many slots as that, a fixed number",
     ),
 )
 

@@ -96,6 +96,10 @@ class Target:
         shifted = isinstance(offset, Tensor) or offset != 0
         implied = tokens.position_ids is None and not shifted
         dtype = str(tokens.hidden_states.dtype).removeprefix("torch.")
+        slots = None
+        if tokens.window_cache and tokens.past is not None:
+            size = tokens.past[0].shape[2]
+            slots = size if isinstance(size, int) else 0
         describe = partial(
             rules.situations,
             attention,
@@ -105,6 +109,7 @@ class Target:
             cache=tokens.past is not None,
             mask=tokens.attention_mask is not None,
             padding=self.padding,
+            slots=slots,
             onnxruntime=self.onnxruntime,
         )
         choice = choose(self.name, describe(self.providers), self.form)
@@ -115,7 +120,7 @@ class Target:
                 self.lacks.setdefault(provider, broken[0])
         past, mask = tokens.past, tokens.attention_mask
         earlier = None if past is None else past[0].shape[2]
-        if past is not None and attention.window_cache:
+        if past is not None and tokens.window_cache:
             assert attention.window is not None
             if isinstance(earlier, int):  # else its range says so
                 check_capacity("the slots of past", earlier, attention.window)

@@ -168,12 +168,14 @@ class CallCache:
         past: keys and values of each layer, or None.
         attention_mask: ``[B, P + S]``, or None.
         position_ids: for the rotation, or None when implied.
+        by_window: whether layers with a window are given no more than that of the past.
         present: keys and values of each layer, filled on the way.
     """
 
     past: Sequence[Cache] | None = None
     attention_mask: Tensor | None = None
     position_ids: Tensor | None = None
+    by_window: bool = False
     present: dict[int, Cache] = field(default_factory=dict)
 
     def attend(self, attention: DecoderAttention, hidden_states: Tensor) -> Tensor:
@@ -185,7 +187,12 @@ class CallCache:
             output = forward(hidden_states, **given)
         else:
             index = attention.layer_idx
-            output, self.present[index] = forward(hidden_states, past=self.past[index], **given)
+            output, self.present[index] = forward(
+                hidden_states,
+                past=self.past[index],
+                window_cache=self.by_window and attention.window is not None,
+                **given,
+            )
         return output
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

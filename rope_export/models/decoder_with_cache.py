@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rope_export import dispatch
+from rope_export.artifacts.cache_layout import WINDOW
 from rope_export.attention.adapters import refuse_what_weights_do_not_say
 from rope_export.attention.block import Cache
 from rope_export.errors import BadInputError
@@ -25,18 +26,28 @@ class DecoderWithCache(nn.Module):
 
     Args:
         model: of transformers, after `replace_attention`.
+        cache: ``"full"``: every layer keeps all tokens; ``"window"``: layers with a window keep no
+            more than that, and the others all.
 
     Raises:
-        BadInputError: it has no replaced attention, or something acts beside its weights.
+        BadInputError: it has no replaced attention, or something acts beside its weights; or
+            ``cache`` is neither, or no layer has a window.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, cache: str = "full") -> None:
         super().__init__()
         self.model = model
+        if cache not in ("full", WINDOW):
+            raise BadInputError(f"cache must be 'full' or {WINDOW!r}, got {cache!r}")
         if not self.attentions:
             raise BadInputError(
                 f"{type(model).__name__} has no attention of this package: call "
                 "replace_attention(model) first"
+            )
+        self._by_window = cache == WINDOW
+        if self._by_window and all(a.window is None for a in self.attentions):
+            raise BadInputError(
+                f"cache={WINDOW!r} needs layers with a window, and {type(model).__name__} has none"
             )
         for name, module in model.named_modules():
             if isinstance(module, DecoderAttention):
@@ -50,12 +61,31 @@ class DecoderWithCache(nn.Module):
         found = [m for m in self.model.modules() if isinstance(m, DecoderAttention)]
         return sorted(found, key=lambda attention: attention.layer_idx)
 
-    def empty_cache(self, batch: int = 1) -> list[Cache]:
-        """A past of no tokens for every layer, to begin with."""
-        return [attention.empty_cache(batch) for attention in self.attentions]
+    def _keeps_window(self, attention: DecoderAttention) -> bool:
+        return self._by_window and attention.window is not None
 
-    def example(self) -> dict[str, Any]:
-        """Arguments of `rope_export.export`: inputs of two rows, and which axes vary."""
+    def empty_cache(self, batch: int = 1, *, window_capacity: int | None = None) -> list[Cache]:
+        """A past of no tokens for every layer, to begin with.
+
+        Layers that keep a window have ``window_capacity`` slots, or as many as their window.
+
+        Raises:
+            BadInputError: that is less than a window.
+        """
+        return [
+            attention.empty_cache(batch, capacity=window_capacity, window_cache=True)
+            if self._keeps_window(attention)
+            else attention.empty_cache(batch, window_cache=False)
+            for attention in self.attentions
+        ]
+
+    def example(self, *, fixed_windows: bool = False) -> dict[str, Any]:
+        """Arguments of `rope_export.export`: inputs of two rows, and which axes vary.
+
+        Args:
+            fixed_windows: whether layers that keep a window have as many slots as their window, as
+                CUDA wants it, instead of any number from the largest window on (``capacity``).
+        """
         batch, length, earlier = 2, 6, 5
         device = self.attentions[0].device
         generator = torch.Generator().manual_seed(0)
@@ -70,14 +100,28 @@ class DecoderWithCache(nn.Module):
             "attention_mask": {0: "batch", 1: "past_sequence+sequence"},
         }
         kwargs = {name: tensor.to(device) for name, tensor in kwargs.items()}
+        windows = [a.window or 0 for a in self.attentions if self._keeps_window(a)]
+        slots = None if fixed_windows or not windows else max(windows) + earlier
         kwargs["past_key_values"] = [
             tuple(
-                torch.randn(batch, t.shape[1], earlier, t.shape[3], generator=generator).to(t)
+                torch.randn(
+                    batch, t.shape[1], t.shape[2] or earlier, t.shape[3], generator=generator
+                ).to(t)
                 for t in pair
             )
-            for pair in self.empty_cache(batch)
+            for pair in self.empty_cache(batch, window_capacity=slots)
         ]
         shapes["past_key_values"] = {0: "batch", 2: "past_sequence"}
+        if windows:
+            of_window: dict[int, Any] = {0: "batch"}
+            if not fixed_windows:
+                least = max(windows)
+                most = 2 * least + earlier
+                of_window[2] = torch.export.Dim("capacity", min=least, max=most)
+            whole = shapes["past_key_values"]
+            shapes["past_key_values"] = [
+                (of_window if self._keeps_window(a) else whole,) * 2 for a in self.attentions
+            ]
         axes = max(a.rope.axes if a.rope is not None else 1 for a in self.attentions)
         if axes > 1:  # no position is implied
             ids = torch.arange(length, device=device)
@@ -100,16 +144,17 @@ class DecoderWithCache(nn.Module):
                 position is the number of ones before it, and windows count ones too.
             past_key_values: for each layer, rotated keys ``[B, num_kv_heads, P, head_dim]`` and
                 values ``[B, num_kv_heads, P, value_head_dim]`` of earlier tokens, as an earlier
-                call or `empty_cache` returned them. Layers with a window keep them all.
+                call or `empty_cache` returned them. With ``cache="window"``, layers with a window
+                keep the latest in so many slots, and ``attention_mask`` must be given.
             position_ids: positions for the rotation, instead of the implied ones.
 
         Returns:
             logits ``[B, S, vocabulary]`` (last hidden states of a model without a head); with
-            ``past_key_values`` also those of ``P + S`` tokens.
+            ``past_key_values`` also the caches after these tokens.
         """
         if dispatch.lowering() is not None:
             refuse_experts(self.model)
-        call = CallCache(past_key_values, attention_mask, position_ids)
+        call = CallCache(past_key_values, attention_mask, position_ids, self._by_window)
         given: dict[str, Any] = {self._cache: call}
         if self._routes:  # what routers of experts give is for a loss, which would read the mask
             given["output_router_logits"] = False

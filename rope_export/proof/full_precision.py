@@ -34,6 +34,7 @@ from rope_export.proof.reference import (
     turn_pairs,
     turned_at,
 )
+from rope_export.proof.window_slots import WindowSlots
 from rope_export.rope.frequencies import Frequencies
 from rope_export.rope.rotation import over_heads
 
@@ -250,12 +251,15 @@ class Evaluator:
             meaning = self._alter(meaning)
         x, mask = tokens.hidden_states.double(), tokens.attention_mask
         past = None if tokens.past is None else (tokens.past[0].double(), tokens.past[1].double())
-        attention.check_inputs(x, past, mask)
+        attention.check_inputs(x, past, mask, by_window=tokens.window_cache)
         earlier = 0 if past is None else past[0].shape[-2]
         total = earlier + x.shape[1]
         order = torch.arange(total, device=x.device).unsqueeze(0)
-        real = None
-        if mask is not None:
+        real = slots = None
+        if tokens.window_cache and past is not None and mask is not None:
+            slots = WindowSlots(mask != 0, x.shape[1], earlier, attention.window or 1)
+            order, real = slots.order, slots.real
+        elif mask is not None:
             order, real = token_order(mask), mask != 0
         positions = tokens.position_ids
         if positions is None:
@@ -266,6 +270,8 @@ class Evaluator:
         k = turned_at(k, positions, meaning, longest, of_queries=False)
         v = v.roll(meaning.value_roll, 1)
         if past is not None:
+            if slots is not None:
+                past = slots.cleared(past[0]), slots.cleared(past[1])
             k = torch.cat((past[0], k), dim=-2)
             v = torch.cat((past[1], v), dim=-2)
 
@@ -283,6 +289,8 @@ class Evaluator:
 
         step = slice_rows(x.shape[0] * meaning.num_heads, total, meaning)
         context = mix(q, k, v, meaning, hide, step=step)
+        if slots is not None:
+            k, v = slots.kept(k), slots.kept(v)
         for tensor in (context, k, v):
             stated_dtypes.remember(tensor, attention.dtype)
         return context, None if past is None else (k, v)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from rope_export import runtime
-from rope_export.artifacts.cache_layout import MASK
+from rope_export.artifacts.cache_layout import KINDS, MASK
 from rope_export.attention.block import Attention
 from rope_export.errors import BadInputError
 from rope_export.exporting.blame import in_one_line
@@ -277,9 +277,15 @@ class ModuleCases:
         truth = self._exact(tensors, where=where)
         mask = inputs[MASK] if self._signature.masked else None
         expected, outputs = {}, {}
+        windows = self._signature.windowed()
         for name, kind in self._signature.kinds.items():
             at = columns = self._places(kind, mask, case)
-            if kind == "cache" and mask is not None and self._interface.packs_rows:
+            window = windows.get(name, 0)
+            if window and mask is not None:
+                slots = eager[name].shape[2]
+                at = cache_places(mask, packs_rows=True, window=window, capacity=slots)
+                columns = at
+            elif kind == "cache" and mask is not None and self._interface.packs_rows:
                 at = cache_places(mask, packs_rows=True)
             judged = Judged(kind, at, eager[name].shape)
             part = self._judge(
@@ -359,7 +365,12 @@ class ModuleCases:
         full = self._exact(self._tensors(inputs))[layout.output]
         truth = np.zeros_like(full)
         eager: Array = np.zeros(0)
-        empty = [inputs[name][:, :, :0] for name, *_ in layout.names()]
+        # Slots of a window are there from the beginning, and nothing in them is a token.
+        windows = [layer.window for layer in layout.layers for _ in KINDS]
+        empty = [
+            inputs[name] if window else inputs[name][:, :, :0]
+            for (name, *_), window in zip(layout.names(), windows, strict=True)
+        ]
         pasts = {"truth": empty, "eager": empty}
         mask = np.zeros((tokens.shape[0], 0), dtype=np.int64)
         for call in calls_of(tokens, ids, case.steps, layout.padding):

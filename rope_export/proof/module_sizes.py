@@ -197,11 +197,19 @@ class Planner:
             Sizes("chunk", sizes(1, 5, 9)),
             Sizes("chunk up to capacity", sizes(1, 3, max(0, longest - 3))),
         ]
+        for window in dict.fromkeys(self._signature.windows.values()):
+            far = max(0, min(longest - 4, 10 * window + 3))
+            planned += [
+                Sizes("decode, at the window", sizes(1, 1, min(window, longest - 1))),
+                Sizes("decode, windows on", sizes(2, 1, far)),
+                Sizes("chunk, windows on", sizes(1, 4, far)),
+            ]
         if self._layout is None or self._layout.by_rows:
             planned.append(Sizes("chunk of a batch", sizes(3, 4, 9)))
         if self._layout is None:
             return planned
-        rows, length = 3, min(24, longest)
+        over = min(max(self._signature.windows.values(), default=0), 64)
+        rows, length = 3, min(max(24, 3 * over), longest)
         chosen = sizes(rows, length)
         if length < 8 or chosen[str(self._signature.sequence)] != length:
             return planned
