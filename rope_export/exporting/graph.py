@@ -16,7 +16,7 @@ from onnxscript import optimizer, rewriter
 from rope_export.artifacts.files import MODEL, WEIGHTS, sha256
 from rope_export.artifacts.version import __version__
 from rope_export.errors import ExportError
-from rope_export.lowering import booleans, gqa_calls
+from rope_export.lowering import booleans, own_operators
 
 # Larger weights go into a file of their own; protobuf itself ends at 2 GiB.
 _EXTERNAL_BYTES = 128 * 2**20
@@ -61,7 +61,7 @@ def tidy(
     ):
         value.metadata_props.clear()
         value.doc_string = None
-    gqa_calls.expand(model)
+    own_operators.expand(model)
     _keep_once(model, learned)
     _name_interface(model, inputs, outputs)
     _name_inside(model, sources, prefix)

@@ -200,8 +200,10 @@ def _serves_more(one: Signature, other: Signature) -> bool:
 def _interface(
     request: Request, signature: Signature, choices: Sequence[Choice], note: str | None
 ) -> Interface:
-    caching = [choice for choice in choices if choice.form.packs_rows]
-    mixed = 0 < len(caching) < len(choices)
+    # An attention without a cache has no say in what caches look like, where others have one.
+    cached = [choice for choice in choices if choice.cached] or choices
+    caching = [choice for choice in cached if choice.form.packs_rows]
+    mixed = 0 < len(caching) < len(cached)
     packs_rows = bool(caching) and not mixed
     notes = [limit for choice in choices for limit in choice.limits]
     notes += [] if note is None else [note]

@@ -103,6 +103,8 @@ def attention(
     nodes: Iterable[tuple[str, ir.Node]],
 ) -> tuple[tuple[AttentionUse, ...], tuple[Mask, ...]]:
     """Find attention, equal ones together, and the constant masks its scores meet."""
+    nodes = list(nodes)
+    scanned = _in_scans(node for _, node in nodes)
     alike: dict[AttentionUse, list[str]] = {}
     masks: dict[Mask, None] = {}
     for label, node in nodes:
@@ -114,7 +116,7 @@ def attention(
             use = AttentionUse(WRITTEN_OUT, (), scores="always")
             met = [value for score in scores for value in _met_by(score)]
         elif name in _NEVER | _OTHERS | _ON_CPU or name == f"{_CONTRIB}MultiHeadAttention":
-            use = _fused(name, node)
+            use = _fused(name, node, in_parts=id(node) in scanned)
             met = [values.argument(node, _MASKS[name])] if name in _MASKS else []
         else:
             continue
@@ -124,10 +126,12 @@ def attention(
     return uses, tuple(masks)
 
 
-def _fused(name: str, node: ir.Node) -> AttentionUse:
+def _fused(name: str, node: ir.Node, *, in_parts: bool) -> AttentionUse:
     heads = values.integer(node, "num_heads") or values.integer(node, "q_num_heads")
     window = values.integer(node, "local_window_size", -1) or 0
     scores = "never" if name in _NEVER else "on cpu" if name in _ON_CPU else None
+    if name in _NEVER and values.integer(node, "causal", 1) == 0 and not in_parts:
+        scores = "on cpu"
     if name == f"{_CONTRIB}MultiHeadAttention":
         whole = values.integer(node, "unidirectional", 0) or any(
             values.argument(node, index) is not None for index in _MHA_MASKS_AND_PAST
@@ -142,6 +146,16 @@ def _fused(name: str, node: ir.Node) -> AttentionUse:
         window_cache=values.integer(node, "sliding_window_cache", 0) == 1,
         scores=scores,
     )
+
+
+def _in_scans(nodes: Iterable[ir.Node]) -> set[int]:
+    """Nodes that are run for a part of the tokens at a time, by their ids."""
+    bodies = [
+        node.attributes["body"].as_graph()
+        for node in nodes
+        if node.op_type == "Scan" and "body" in node.attributes
+    ]
+    return {id(node) for body in bodies for node in body.all_nodes()}
 
 
 def _scores(softmax: ir.Node) -> list[ir.Node]:

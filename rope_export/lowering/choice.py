@@ -26,8 +26,12 @@ class Choice:
         reasons: one line for each better form that was passed over.
         score_copies: ``[B, heads, S, T]`` tensors alive at once, per provider.
         padding: the side on which prompts are padded.
+        cached: whether past keys and values come in and present ones go out.
         by_rows: whether several new tokens of a batch with a past are one call a row.
         window_block: tokens in a block when long prompts are computed by blocks, or 0.
+        query_block: queries in a call when calls that are not causal are computed by blocks, or 0.
+        longest_whole: tokens of the longest call that is not computed by those blocks, or 0.
+        cut_rows: whether each row of a padded batch is a call of its own, cut to its tokens.
         single: whether one token after a past is a call of its own.
         window_cache: whether the cache holds the window only.
         one_length: whether all rows of a batch must be of one length, without padding.
@@ -41,8 +45,12 @@ class Choice:
     reasons: tuple[str, ...]
     score_copies: dict[str, float]
     padding: str = "right"
+    cached: bool = False
     by_rows: bool = False
     window_block: int = 0
+    query_block: int = 0
+    longest_whole: int = 0
+    cut_rows: bool = False
     single: bool = False
     window_cache: bool = False
     one_length: bool = False
@@ -96,8 +104,11 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
     # Control flow keeps CUDA from capturing a graph, and its kernel computes windows only.
     by_rows = form.packs_rows and one.cache and on_cpu
     # Blocks have a first key that is not the row's: their heads are rotated before.
-    in_blocks = form.packs_rows and bool(form.rotation) and all(s.by_blocks for s in situations)
+    rotated_first = form.packs_rows and bool(form.rotation)
+    in_blocks = rotated_first and one.causal and all(s.by_blocks for s in situations)
     block = one.window_block if in_blocks else 0
+    query_block = one.query_block if rotated_first else 0
+    cut_rows = form is rules.MHA and one.mask and one.apart
     # Elsewhere sinks would choose a slower kernel.
     single = by_rows and all(s.provider == "cpu" for s in situations)
     branches, limits = [], []
@@ -136,13 +147,30 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
             f"prompts over {BLOCKS_TO_WIN * block} tokens run in blocks of {block}: "
             "GroupQueryAttention on the CPU computes the whole triangle whatever the window"
         )
+    longest_whole = 0
+    if query_block:
+        longest_whole = BLOCKS_TO_WIN * one.window_block if one.window else query_block
+        branches.append(
+            f"prompts over {longest_whole} tokens run in blocks of {query_block} queries: "
+            "GroupQueryAttention on the CPU keeps the scores of all queries of a call that is not "
+            "causal"
+        )
+    if cut_rows:
+        branches.append(
+            "rows of a padded batch run one by one, each cut to its tokens: with a mask "
+            "MultiHeadAttention on the CPU keeps all scores"
+        )
     return Choice(
         form,
         reasons,
         {s.provider: form.score_copies(s) for s in situations},
         padding=one.padding,
+        cached=one.cache,
         by_rows=by_rows,
         window_block=block,
+        query_block=query_block,
+        longest_whole=longest_whole,
+        cut_rows=cut_rows,
         single=single,
         window_cache=one.window_cache,
         one_length=one_length,

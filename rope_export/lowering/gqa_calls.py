@@ -16,35 +16,21 @@ Everything else is the one call; it and the single token's are on the caller's o
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from rope_export.lowering import ops
-from rope_export.lowering.ops import OWN_DOMAIN
 from rope_export.lowering.rules import BLOCKS_TO_WIN
+from rope_export.lowering.subgraphs import Condition, Emit, Subgraphs
 
 # Inputs of GroupQueryAttention.
 _PAST_KEY, _PAST_VALUE, _LAST_INDEX, _TOTAL, _SINKS = 3, 4, 5, 6, ops.SINKS
 _COUNTS = ops.COUNTS
 _TO_THE_END = 2**62
-Emit = Callable[[Tape], Sequence[ir.Value]]
-# What the graph decides while it runs, or what its fixed sizes have decided.
-Condition = ir.Value | bool
-
-
-def expand(model: ir.Model) -> None:
-    """Replace the package's own operators by those that runtimes have, in place."""
-    for node in list(model.graph):
-        if node.domain == OWN_DOMAIN:
-            _Expansion(model.graph, node).replace()
-            model.opset_imports["com.microsoft"] = 1
-    model.opset_imports.pop(OWN_DOMAIN, None)
 
 
 def _both(tape: Tape, one: Condition, other: Condition) -> Condition:
@@ -63,14 +49,11 @@ def _any(tape: Tape, one: Condition, other: Condition) -> Condition:
     return tape.op("Or", [one, other])
 
 
-class _Expansion:
+class GroupQueryCalls(Subgraphs):
+    """The calls that stand for one `ops.group_query_attention`."""
+
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
-        self.graph = graph
-        self.node = node
-        self.inputs = list(node.inputs)
-        q, self.k, self.v = self.inputs[:3]
-        assert q is not None
-        self.q = q
+        super().__init__(graph, node)
         attributes = dict(node.attributes)
         self.by_rows = bool(attributes.pop("by_rows").as_int())
         self.block = attributes.pop("block").as_int()
@@ -92,9 +75,8 @@ class _Expansion:
         self.width = width
         self.head_dim = width // attributes["num_heads"].as_int()
 
-    def replace(self) -> None:
-        """Put the control flow in the place of the node."""
-        tape = Tape()
+    def emit(self, tape: Tape) -> Sequence[ir.Value]:
+        """Write the control flow."""
         batch, length = self._count(tape, 0), self._count(tape, 1)
         first_call: Condition = True
         if self.has_past:
@@ -123,32 +105,7 @@ class _Expansion:
             if self.counts is not None:
                 one_token = _both(tape, one_token, unpadded)
             emit = self._either("single", one_token, self._one_token, emit)
-        results = emit(tape)
-        for old, new in zip(self.outputs, results, strict=True):
-            new.type, new.shape = old.type, old.shape
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-        self.graph.insert_before(self.node, tape.nodes)
-        self.graph.remove(self.node, safe=True)
-
-    def _either(self, name: str, condition: Condition, then: Emit, otherwise: Emit) -> Emit:
-        if isinstance(condition, bool):
-            return then if condition else otherwise
-
-        def emit(tape: Tape) -> Sequence[ir.Value]:
-            branches = {
-                f"{which}_branch": self._subgraph(f"{name}_{which}", make)
-                for which, make in (("then", then), ("else", otherwise))
-            }
-            return tape.op_multi_out("If", [condition], branches, num_outputs=len(self.outputs))
-
-        return emit
-
-    def _subgraph(self, name: str, emit: Emit, inputs: Sequence[ir.Value] = ()) -> ir.Graph:
-        tape = Tape()
-        outputs = emit(tape)
-        for value in outputs:
-            value.type = self.node.outputs[0].type
-        return ir.Graph(inputs, outputs, nodes=tape.nodes, name=name)
+        return emit(tape)
 
     def _one_call(self, tape: Tape) -> Sequence[ir.Value]:
         return self._call(tape, self.inputs)[: len(self.outputs)]
@@ -369,63 +326,3 @@ class _Expansion:
         kept = tape.op("Add", [tape.op("Unsqueeze", [first, one]), slots])
         kept = tape.op("Min", [kept, tape.op("Sub", [length, one])])
         return tape.op("Unsqueeze", [kept, self._constant(-1, 1)])
-
-    def _slice(
-        self,
-        tape: Tape,
-        x: ir.Value | None,
-        start: int | ir.Value,
-        end: int | ir.Value,
-        *,
-        axis: int,
-    ) -> ir.Value:
-        ends = [self._constant(v, 1) if isinstance(v, int) else v for v in (start, end)]
-        return tape.op("Slice", [x, *ends, self._constant(axis, 1)])
-
-    def _count(self, tape: Tape, axis: int) -> ir.Value | int:
-        """Rows (0) or tokens (1) of this call: a number where it is always the same.
-
-        A condition on constants would be left to the runtime to fold, of which some cannot.
-        """
-        size = None if self.q.shape is None else self.q.shape[axis]
-        return size if isinstance(size, int) else self._size(tape, axis)
-
-    def _compared(
-        self, tape: Tape, operator: str, one: ir.Value | int, other: ir.Value | int
-    ) -> Condition:
-        if isinstance(one, int) and isinstance(other, int):
-            return one == other if operator == "Equal" else one > other
-        sides = [self._constant(x) if isinstance(x, int) else x for x in (one, other)]
-        return tape.op(operator, sides)
-
-    def _size(self, tape: Tape, axis: int, rank: int = 0) -> ir.Value:
-        size = tape.op("Shape", [self.q], {"start": axis, "end": axis + 1})
-        return size if rank else tape.op("Squeeze", [size])
-
-    def _constant(
-        self, value: int | list[int], rank: int = 0, dtype: type[np.generic] = np.int64
-    ) -> ir.Value:
-        array = np.array([value] if rank else value, dtype=dtype)
-        values = "_".join(map(str, array.reshape(-1)))
-        return self._initializer(f"{array.dtype}_{array.ndim}_{values}", array)
-
-    def _initializer(self, name: str, array: npt.NDArray[Any]) -> ir.Value:
-        """A constant of the graph, one for all that want the same values."""
-        stem = name = f"{OWN_DOMAIN}_{name}"
-        for number in itertools.count(2):
-            known = self.graph.initializers.get(name)
-            if known is None:
-                break
-            assert known.const_value is not None
-            if np.array_equal(known.const_value.numpy(), array):
-                return known
-            name = f"{stem}_{number}"
-        tensor = ir.tensor(array, name=name)
-        made = ir.Value(
-            name=name,
-            const_value=tensor,
-            type=ir.TensorType(tensor.dtype),
-            shape=ir.Shape(array.shape),
-        )
-        self.graph.register_initializer(made)
-        return made

@@ -126,7 +126,8 @@ def _cell(
     except BadInputError as error:  # no feature here is without a form on every target
         raise AssertionError(str(error)) from error
     numbers = [reasons.setdefault(reason, len(reasons) + 1) for reason in choice.reasons]
-    by_blocks = ", by blocks" if choice.window_block else ""
+    by_blocks = ", by blocks" if choice.window_block or choice.query_block else ""
+    by_blocks += ", by rows" if choice.cut_rows else ""
     noted = f" ({', '.join(map(str, sorted(numbers)))})" if numbers else ""
     return f"{_SHORT[choice.form.name]}{by_blocks}{noted}"
 

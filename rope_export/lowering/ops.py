@@ -22,6 +22,8 @@ Attributes = dict[
 
 # Of operators that stand for several; none is left in a finished graph.
 OWN_DOMAIN = "rope_export"
+GROUP_QUERY = "GroupQueryAttention"
+BIDIRECTIONAL = "BidirectionalAttention"
 SINKS = 11  # index of GroupQueryAttention's input head_sink
 COUNTS = 16  # behind all of them, of the package's own
 _END = 2**62
@@ -241,6 +243,7 @@ def group_query_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    causal: bool = True,
     by_rows: bool = False,
     block: int = 0,
     single: bool = False,
@@ -266,10 +269,11 @@ def group_query_attention(
         window: each query sees so many keys, itself included.
         softcap: bound of the scores.
         sinks: a score for each head that adds nothing, ``[num_heads]``.
+        causal: whether later tokens are hidden; else there is no past and no window.
         by_rows: whether several new tokens of a batch with a past need one call a row.
         block: tokens in a block when long prompts are computed by blocks, or 0.
         single: whether one token after a past is a call of its own. One of the three makes this
-            an operator of the package's own, which `gqa_calls.expand` replaces.
+            an operator of the package's own, which `own_operators.expand` replaces.
         counts: new tokens of each row that are no padding, int64 ``[B]``, where the cache holds the
             window only; ``last_index`` is then that of the last of these.
 
@@ -282,6 +286,8 @@ def group_query_attention(
         "kv_num_heads": num_kv_heads,
         "scale": scale,
     }
+    if not causal:
+        attributes["causal"] = 0
     if window is not None:
         attributes["local_window_size"] = window
     if counts is not None:
@@ -302,7 +308,7 @@ def group_query_attention(
     batch, length = q.shape[0], q.shape[1]
     present = (batch, num_kv_heads, present_length, head_dim)
     output, key, value = torch.onnx.ops.symbolic_multi_out(
-        f"{domain}::GroupQueryAttention",
+        f"{domain}::{GROUP_QUERY}",
         inputs,
         attrs=attributes,
         dtypes=(q.dtype, q.dtype, q.dtype),
@@ -310,6 +316,65 @@ def group_query_attention(
         version=1,
     )
     return output, key, value
+
+
+def bidirectional_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    value_head_dim: int,
+    scale: float,
+    lengths: Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    block: int = 0,
+    longest_whole: int = 0,
+) -> Tensor:
+    """A plan for several calls of an attention without causal order; see `own_operators.expand`.
+
+    Args:
+        q: ``[B, S, num_heads * head_dim]``.
+        k: ``[B, S, num_kv_heads * head_dim]``.
+        v: ``[B, S, num_kv_heads * value_head_dim]``.
+        num_heads: query heads.
+        num_kv_heads: key and value heads; as many as query heads without ``block``.
+        value_head_dim: width of one value head; that of the others with ``block``.
+        scale: factor on the scores.
+        lengths: tokens of each row, at least 1, int64 ``[B]``; None: all. They come first.
+        window: each query sees keys up to so many places away; only with ``block``.
+        softcap: bound of the scores, likewise.
+        sinks: a score for each head that adds nothing, ``[num_heads]``, likewise.
+        block: queries in a call of GroupQueryAttention; 0: MultiHeadAttention, a call a row.
+        longest_whole: tokens of the longest call that is not computed by those blocks.
+
+    Returns:
+        ``[B, S, num_heads * value_head_dim]``.
+    """
+    attributes: Attributes = {
+        "num_heads": num_heads,
+        "scale": scale,
+        "block": block,
+        "longest_whole": longest_whole,
+        "window": window or 0,
+    }
+    if block:
+        attributes["kv_num_heads"] = num_kv_heads
+    if softcap is not None:
+        attributes["softcap"] = softcap
+    inputs: list[Tensor | None] = [q, k, v, lengths, sinks]
+    (output,) = torch.onnx.ops.symbolic_multi_out(
+        f"{OWN_DOMAIN}::{BIDIRECTIONAL}",
+        inputs,
+        attrs=attributes,
+        dtypes=(q.dtype,),
+        shapes=((*q.shape[:2], num_heads * value_head_dim),),
+        version=1,
+    )
+    return output
 
 
 def multi_head_attention(

@@ -18,6 +18,8 @@ def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Ca
     Returns:
         ``[B, S, num_heads * value_head_dim]``, and the present when there is a past.
     """
+    if choice.query_block or choice.cut_rows:
+        return _bidirectional(block, tokens, choice), None
     if choice.form.packs_rows:
         return _gqa(block, tokens, choice)
     if choice.form is rules.MHA:
@@ -36,7 +38,8 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
     if choice.one_length and mask is not None:
         hidden_states = packing.refuse_padding(hidden_states, new_tokens.last(tokens, mask))
     elif mask is not None:
-        if choice.padding == "left":
+        # In no order, a mask may have holes as well.
+        if choice.padding == "left" or not block.causal:
             hidden_states, position_ids, slots = packing.pack(tokens)
         else:
             real = new_tokens.last(tokens, mask)
@@ -64,6 +67,8 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
     last_index = torch.full((batch,), length - 1, dtype=torch.int32)
     if total_tokens is not None:
         last_index = (total_tokens - 1).to(torch.int32)
+    elif mask is not None and not block.causal:
+        last_index = (packing.lengths(mask) - 1).to(torch.int32)
     elif tokens.past is not None and mask is not None:
         new = new_tokens.last(tokens, mask)
         # The length counted where the mask is: from the host it would be a copy to the device.
@@ -86,6 +91,7 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
         window=block.window,
         softcap=block.softcap,
         sinks=None if block.sinks is None else block.sinks.to(q.dtype),
+        causal=block.causal,
         by_rows=choice.by_rows,
         block=choice.window_block,
         single=choice.single,
@@ -96,10 +102,46 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
     return context, None if tokens.past is None else (key, value)
 
 
+def _bidirectional(block: Attention, tokens: Tokens, choice: Choice) -> Tensor:
+    hidden_states, position_ids = tokens.hidden_states, tokens.position_ids
+    lengths = slots = None
+    if tokens.attention_mask is not None:
+        hidden_states, position_ids, slots = packing.pack(tokens)
+        lengths = packing.lengths(tokens.attention_mask)
+    q, k, v = onnx.rotated_projections(block, hidden_states, position_ids)
+    if choice.cut_rows:
+        k, v = _for_each_head(block, k, v)
+    context = ops.bidirectional_attention(
+        q,
+        k,
+        v,
+        num_heads=block.num_heads,
+        num_kv_heads=block.num_kv_heads,
+        value_head_dim=block.value_head_dim,
+        scale=block.scale,
+        lengths=lengths,
+        window=block.window,
+        softcap=block.softcap,
+        sinks=None if block.sinks is None else block.sinks.to(q.dtype),
+        block=choice.query_block,
+        longest_whole=choice.longest_whole,
+    )
+    if slots is not None:
+        context = ops.gather_rows(context, slots)
+    return context
+
+
+def _for_each_head(block: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values for each query head: MultiHeadAttention has no grouped heads."""
+    if block.num_heads == block.num_kv_heads:
+        return k, v
+    k, v = (onnx.repeated_heads(t, block.num_kv_heads, block.num_heads) for t in (k, v))
+    return k, v
+
+
 def _mha(block: Attention, tokens: Tokens) -> Tensor:
     q, k, v = onnx.rotated_projections(block, tokens.hidden_states, tokens.position_ids)
-    if block.num_heads > block.num_kv_heads:  # the operator has no grouped heads
-        k, v = (onnx.repeated_heads(t, block.num_kv_heads, block.num_heads) for t in (k, v))
+    k, v = _for_each_head(block, k, v)
     return ops.multi_head_attention(
         q,
         k,

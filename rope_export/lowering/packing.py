@@ -49,6 +49,11 @@ def refuse_padding(hidden_states: Tensor, real: Tensor) -> Tensor:
     return hidden_states + poison[:, None, None]
 
 
+def lengths(attention_mask: Tensor) -> Tensor:
+    """Tokens of each row of ``[B, T]``, int64 ``[B]``; of a row without any, one."""
+    return (attention_mask != 0).sum(-1).clamp(min=1)
+
+
 def refuse_other_padding(hidden_states: Tensor, real: Tensor) -> Tensor:
     """Make rows whose padding is not all at their end NaN, lest they be answered wrongly.
 

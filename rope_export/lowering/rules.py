@@ -29,6 +29,10 @@ SMALLEST_BLOCK = 128
 BLOCKS_TO_WIN = 4
 # From here on the CPU's GroupQueryAttention needs no memory for scores: measured with each.
 _MEMORY_LINEAR = "1.28"
+# Without causal order GroupQueryAttention on the CPU keeps the scores of all queries of a call.
+# More of them share a copy of the keys; fewer waste less of what is beyond a window.
+MOST_QUERIES = 512
+QUERIES = 256
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,18 @@ class Situation:
             and self.window > 0
             and self.longest > BLOCKS_TO_WIN * self.window_block
         )
+
+    @property
+    def apart(self) -> bool:
+        """Whether rows, or blocks of queries, may be calls of their own: nothing is causal."""
+        return self.provider == "cpu" and self.alone and not self.causal and not self.cache
+
+    @property
+    def query_block(self) -> int:
+        """Queries in one call of GroupQueryAttention that is not causal, or 0: all."""
+        if self.apart and self.window:
+            return min(MOST_QUERIES, max(SMALLEST_BLOCK, self.window // 2)) * self.by_blocks
+        return QUERIES * (self.apart and self.longest > QUERIES)
 
 
 # What is spoken of where no block is given: causal, with grouped heads.
@@ -206,6 +222,7 @@ class Limit:
         said = self.reason.format(
             **asdict(situation),
             window_block=situation.window_block,
+            query_block=situation.query_block,
             long_prompt=BLOCKS_TO_WIN * situation.window_block,
             what_is_masked=asked,
         )
@@ -264,7 +281,35 @@ def lacking(dtype: str, providers: Iterable[str]) -> list[str]:
 
 _GQA = (
     *ANY_GRAPH,
-    Limit(None, lambda s: s.causal, "GroupQueryAttention is always causal"),
+    Limit(
+        None,
+        lambda s: s.causal,
+        "GroupQueryAttention is always causal",
+        since=since.BIDIRECTIONAL,
+    ),
+    Limit(
+        None,
+        lambda s: s.causal or not s.cache,
+        "GroupQueryAttention is made for a past only in causal order",
+    ),
+    Limit(
+        "cuda",
+        lambda s: s.causal or not s.mask,
+        "GroupQueryAttention on CUDA attends to the padding of a call that is not causal",
+    ),
+    Limit(
+        None,
+        lambda s: s.causal or not s.window or bool(s.query_block),
+        "GroupQueryAttention takes a window only in causal order; without it, blocks of queries "
+        "with the keys they see are made on the CPU alone, for prompts over {long_prompt} tokens",
+    ),
+    Limit(
+        "cpu",
+        lambda s: not s.apart or bool(s.window) or s.softcap or s.sinks,
+        "MultiHeadAttention is faster than GroupQueryAttention on the CPU when not causal, and "
+        "keeps no scores",
+        runs=True,
+    ),
     Limit(
         None,
         lambda s: not s.window_cache,
@@ -326,6 +371,18 @@ _GQA_ROTATES = (
     ),
     Limit(
         None,
+        lambda s: not s.query_block,
+        "without causal order, GroupQueryAttention on the CPU keeps the scores of all queries of a "
+        "call; blocks of {query_block} queries are rotated first",
+        runs=True,
+    ),
+    Limit(
+        None,
+        lambda s: s.causal or not s.window,
+        "GroupQueryAttention takes a window only in causal order",
+    ),
+    Limit(
+        None,
         lambda s: not s.by_blocks,
         "with a window, GroupQueryAttention on the CPU still computes the whole triangle; prompts "
         "over {long_prompt} tokens run in blocks of {window_block} instead, rotated first",
@@ -337,7 +394,7 @@ _MHA = (
     *ANY_GRAPH,
     Limit(
         None,
-        lambda s: not s.cache and not s.mask and not s.window,
+        lambda s: not s.cache and not s.window and (s.apart or not s.mask),
         "MultiHeadAttention would need a mask of its own making for {what_is_masked}; Attention "
         "takes one mask for all heads",
     ),
@@ -389,7 +446,7 @@ def _gqa_copies(s: Situation) -> float:
 
 
 def _copies_but_in_blocks(s: Situation) -> float:
-    return 0.0 if s.by_blocks else _gqa_copies(s)
+    return 0.0 if s.by_blocks or s.query_block else _gqa_copies(s)
 
 
 def _mha_copies(_: Situation) -> float:

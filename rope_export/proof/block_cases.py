@@ -85,6 +85,7 @@ class BlockCases:
             window_cache=bool(request.window),
             one_size=request.capacity is not None,
             one_length=choice.one_length,
+            longest_whole=choice.longest_whole,
         )
         return planned, notes
 

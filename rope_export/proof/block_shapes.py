@@ -80,6 +80,7 @@ def plan_shapes(
     window_cache: bool = False,
     one_size: bool = False,
     one_length: bool = False,
+    longest_whole: int = 0,
 ) -> list[Shape]:
     """Choose what to prove, and which of it to store.
 
@@ -95,6 +96,7 @@ def plan_shapes(
         window_cache: whether the cache holds the window only.
         one_size: whether it has no more slots than that.
         one_length: whether all new tokens of a call must be real.
+        longest_whole: tokens of the longest call that is not computed by blocks of queries, or 0.
     """
     if static:
         rows = [Shape("fixed", batch, longest), Shape("fixed again", batch, longest)]
@@ -133,6 +135,10 @@ def plan_shapes(
         length = min(13, together if with_positions else longest)
         lengths = tuple(min(length, n) for n in (13, 1, 7, 12))
         apart.append(Shape("rows of different lengths", 4, length, lengths=lengths))
+        length = longest_whole + 2
+        if longest_whole and length <= (together if with_positions else longest):
+            lengths = (length, length // 2, length - 1, 1)
+            apart.append(Shape("blocks of queries, padded", 4, length, lengths=lengths))
     if cache:
         in_step, rows = _with_past(longest, together, by_rows=by_rows)
         wanted += in_step

@@ -47,6 +47,12 @@ EXPORTS = {
         ("RotaryEmbedding", 2, "interleaved", 16, "table", ("attention_mask",)),
         (GQA, 4, 4, 2, "never"),  # one token, by blocks, at once, row by row
     ),
+    "ort, sinks, not causal": (
+        {"sinks": True, "causal": False},
+        {"target": "ort"},
+        (GQA, 1, "half", 16, "table", ()),
+        (GQA, 1, 4, 2, "on cpu"),
+    ),
     "onnx, partial, interleaved, positions": (
         {"rotary_dim": 8, "layout": "interleaved"},
         {"target": "onnx", "position_ids": True},
@@ -152,6 +158,16 @@ def test_without_a_longest_position_and_both_ways(tmp_path):
     assert (rotation.operator, rotation.layout, rotation.width) == ("RotaryEmbedding", "half", 8)
     assert len(rotation.angles.tables) == 4  # two pairs, composed
     assert [(use.operator, use.scores) for use in report.attention] == [(MHA, "never")]
+
+
+def test_what_is_not_causal_keeps_scores_unless_it_is_scanned_by_blocks(tmp_path):
+    rope = RotaryEmbedding(16, layout="half", max_seq_len=1024)
+    block = Attention(64, 4, causal=False, sinks=True, rope=rope).eval()
+    result = export(block, tmp_path / "blocks", target="ort", validate=False)
+    report = inspect_model(result.path / "model.onnx")
+    # One call up to 256 tokens; blocks of queries beyond.
+    uses = [(use.operator, len(use.nodes), use.scores) for use in report.attention]
+    assert sorted(uses) == [(GQA, 1, "never"), (GQA, 1, "on cpu")]
 
 
 # --- plain exports --------------------------------------------------------------------------

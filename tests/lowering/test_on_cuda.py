@@ -34,6 +34,7 @@ MORE = (
     ("ort", "float32", "a cache, padded on the left"),
     ("ort", "float32", "sinks"),
     ("ort", "float32", "not causal"),
+    ("ort", "bfloat16", "not causal"),
     ("ort", "bfloat16", "a cache, padded on the left"),
     ("onnx", "float32", "a cache and a window"),
     ("onnx", "float16", "sinks"),

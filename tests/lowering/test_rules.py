@@ -32,7 +32,16 @@ BEST = Situation(
 )
 REASON = {
     "bfloat16 on cpu": "onnxruntime has no bfloat16 kernel",
-    "not causal": "GroupQueryAttention is always causal",
+    "always causal": "GroupQueryAttention is always causal (before onnxruntime 1.30; the graph is "
+    "made for {})",
+    "faster": "MultiHeadAttention is faster than GroupQueryAttention on the CPU when not causal",
+    "scores": "without causal order, GroupQueryAttention on the CPU keeps the scores of all "
+    "queries of a call; blocks of {} queries are rotated first",
+    "past": "GroupQueryAttention is made for a past only in causal order",
+    "padding on cuda": "GroupQueryAttention on CUDA attends to the padding of a call that is not",
+    "window": "GroupQueryAttention takes a window only in causal order; without it, blocks of "
+    "queries with the keys they see are made on the CPU alone, for prompts over {} tokens",
+    "window, rotating": "GroupQueryAttention takes a window only in causal order",
     "float32 on cuda": "GroupQueryAttention has no float32 kernel on CUDA",
     "8": "GroupQueryAttention needs head_dim to be a multiple of 8, got {}",
     "512": "GroupQueryAttention on CUDA takes head_dim up to 512, got {}",
@@ -131,35 +140,47 @@ CPU = [
             ("sinks", ""),
         ],
     ),
-    ({"causal": False}, "mha", [("not causal", "")] * 2),
-    ({"causal": False, "dtype": "float32"}, "mha", [("not causal", "")] * 2),
-    ({"causal": False, "head_dim": 12, "rotary_dim": 12}, "mha", [("not causal", "")] * 2),
-    ({"causal": False, "value_head_dim": 32}, "mha", [("not causal", "")] * 2),
-    ({"causal": False, "implied_positions": False}, "mha", [("not causal", "")] * 2),
-    (
-        {"causal": False, "mask": True, "dtype": "float32"},
-        "attention",
-        [("not causal", "")] * 2 + [("masked", "padding")],
-    ),
+    # Without causal order: MultiHeadAttention where it can, by rows where they are padded.
+    ({"causal": False}, "mha", [("faster", "")] * 2),
+    ({"causal": False, "dtype": "float32"}, "mha", [("faster", "")] * 2),
+    ({"causal": False, "head_dim": 12, "rotary_dim": 12}, "mha", [("faster", "")] * 2),
+    ({"causal": False, "value_head_dim": 32}, "mha", [("faster", "")] * 2),
+    ({"causal": False, "implied_positions": False}, "mha", [("faster", "")] * 2),
+    ({"causal": False, "mask": True, "dtype": "float32"}, "mha", [("faster", "")] * 2),
+    ({"causal": False, "mask": True} | LEFT, "mha", [("faster", "")] * 2),
+    # ... else GroupQueryAttention by blocks of queries.
+    ({"causal": False, "softcap": True, "dtype": "float32"}, "gqa", [("scores", "256")]),
+    ({"causal": False, "softcap": True, "mask": True} | LEFT, "gqa", [("scores", "256")]),
+    ({"causal": False, "sinks": True, "longest": 257}, "gqa", [("scores", "256")]),
+    ({"causal": False, "sinks": True, "longest": 256}, "gqa_rotating", []),
     (
         {"causal": False, "window": 512, "dtype": "float32"},
+        "gqa",
+        [("scores", "256")],
+    ),
+    ({"causal": False, "window": 128, "longest": 513}, "gqa", [("scores", "128")]),
+    ({"causal": False, "mask": True, "window": 1023} | LEFT, "gqa", [("scores", "511")]),
+    ({"causal": False, "window": 1025, "longest": 9999}, "gqa", [("scores", "512")]),
+    # What is shorter than its blocks, or is no width for them, is Attention with a mask.
+    (
+        {"causal": False, "window": 128, "longest": 512, "dtype": "float32"},
         "attention",
-        [("not causal", "")] * 2 + [("masked", "a window")],
+        [("window", "512"), ("window", "512"), ("masked", "a window")],
     ),
     (
-        {"causal": False, "mask": True, "window": 512} | LEFT,
+        {"causal": False, "mask": True, "window": 7, "value_head_dim": 32} | LEFT,
         "attention_in_float32",
-        [("not causal", "")] * 2 + [("masked", "padding and a window"), ("half on cpu", "")],
+        [("values", "32 and 64")] * 2 + [("masked", "padding and a window"), ("half on cpu", "")],
     ),
     (
-        {"causal": False, "softcap": True, "dtype": "float32"},
+        {"causal": False, "softcap": True, "head_dim": 12, "rotary_dim": 12, "dtype": "float32"},
         "attention",
-        [("not causal", "")] * 2 + [("cap", "")],
+        [("8", "12")] * 2 + [("cap", "")],
     ),
     (
-        {"causal": False, "sinks": True},
-        "decomposed",
-        [("not causal", "")] * 2 + [("sinks of mha", "")] + [("sinks", "")] * 2,
+        {"causal": False, "dtype": "float32"} | CACHE,
+        "attention",
+        [("past", "")] * 2 + [("masked", "a past and padding")],
     ),
 ]
 CUDA = [
@@ -202,11 +223,23 @@ CUDA = [
         "attention",
         [("8", "12"), ("8", "12"), ("mha on cuda", "")],
     ),
-    ({"causal": False}, "attention", [("not causal", "")] * 2 + [("mha on cuda", "")]),
+    # Its kernel has no causal order either, but no lengths of rows then.
+    ({"causal": False}, "gqa_rotating", []),
+    ({"causal": False, "dtype": "bfloat16", "softcap": True}, "gqa_rotating", []),
     (
-        {"causal": False, "dtype": "bfloat16"},
+        {"causal": False, "dtype": "float32"},
         "attention",
-        [("not causal", "")] * 2 + [("mha on cuda", "")],
+        [("float32 on cuda", "")] * 2 + [("mha on cuda", "")],
+    ),
+    (
+        {"causal": False, "mask": True},
+        "attention",
+        [("padding on cuda", "")] * 2 + [("masked", "padding")],
+    ),
+    (
+        {"causal": False, "window": 128},
+        "attention",
+        [("window", "512")] * 2 + [("masked", "a window")],
     ),
 ]
 BOTH = [
@@ -234,7 +267,9 @@ BOTH = [
             ("sinks", ""),
         ],
     ),
-    ({"causal": False}, "mha", [("not causal", "")] * 2),
+    # One call on both, since rows and blocks would be control flow.
+    ({"causal": False}, "gqa_rotating", []),
+    ({"causal": False, "softcap": True}, "gqa_rotating", []),
     ({"rotary_dim": 24}, "gqa", [("rotary 16", "24")]),
     # Blocks are control flow, which is not for CUDA: nothing is left for them.
     ({"window": 128}, "gqa_rotating", []),
@@ -334,6 +369,9 @@ def test_bfloat16_on_the_cpu_is_refused_with_the_reason(target, providers):
         ("ort", "cpu", {}, 2.0),
         ("ort", "cpu", {"sinks": True, "onnxruntime": "1.24"}, 2.0),
         ("ort", "cpu", {"causal": False}, 0.0),
+        ("ort", "cpu", {"causal": False, "mask": True}, 0.0),
+        ("ort", "cpu", {"causal": False, "sinks": True}, 0.0),
+        ("ort", "cpu", {"causal": False, "sinks": True, "longest": 256}, 2.0),
         ("ort", "cpu", {"window": 512, "dtype": "float32"} | CACHE, 0.0),
         # Of blocks there is only one at a time.
         ("ort", "cpu", {"window": 512} | CACHE, 0.0),
@@ -382,6 +420,9 @@ def test_the_copies_of_the_scores_are_known(target, provider, changes, copies):
             "gqa_rotating",
             "attention",
         ),
+        ("ort", {"dtype": "float32", "softcap": True, "causal": False}, "1.30", "gqa", "attention"),
+        ("ort", {"causal": False, "sinks": True}, "1.30", "gqa", "decomposed"),
+        ("ort", {"causal": False, "window": 128}, "1.30", "gqa", "attention_in_float32"),
         # Nothing is hidden from anyone.
         ("onnx", {"dtype": "float32", "softcap": True, "causal": False}, None, "attention", ""),
         ("ort", {"softcap": True, "sinks": True} | CACHE, None, "gqa_rotating", ""),
@@ -403,11 +444,19 @@ def test_a_form_that_needs_a_later_onnxruntime_is_passed_over(
         assert earlier.form.name == otherwise
         assert earlier.onnxruntime is None
         why = "capped" if target == "onnx" or "softcap" in changes else "keeps all"
+        why = "always causal" if before == "1.30" else why
         assert REASON[why].format(version) in earlier.reasons
+
+
+def test_padded_rows_are_cut_in_every_onnxruntime():
+    for version in ("1.24", "1.29", "1.30", "1.31"):
+        choice = choose("ort", on(("cpu",), causal=False, mask=True, onnxruntime=version))
+        assert (choice.form.name, choice.cut_rows, choice.onnxruntime) == ("mha", True, None)
 
 
 # What the graph does while it runs: one call a row for chunks of a batch, blocks of the window.
 ROWS, BLOCKS, ONE_BY_ONE = "run row by row", "run in blocks of", "must be given row by row"
+CUT = "rows of a padded batch run one by one, each cut to its tokens"
 SINGLE = "a single new token is a call of its own"
 SLIDES = [ROWS, SINGLE, BLOCKS]
 SLIDING = {"window": 200, "longest": 801}
@@ -425,7 +474,13 @@ RUNS = [
     ("ort", ("cpu",), CACHE | SLIDING | {"dtype": "float32"}, True, 200, SLIDES, []),
     # None of it where the form is another.
     ("ort", ("cpu",), CACHE | SLIDING | {"head_dim": 12}, False, 0, [], []),
-    ("ort", ("cpu",), SLIDING | {"causal": False}, False, 0, [], []),
+    ("ort", ("cpu",), {"causal": False, "mask": True}, False, 0, [CUT], []),
+    ("ort", ("cpu",), {"causal": False}, False, 0, [], []),
+    ("ort", ("cpu",), SLIDING | {"causal": False}, False, 0, ["over 800 tokens run in bl"], []),
+    ("ort", ("cpu",), {"causal": False, "sinks": True}, False, 0, ["over 256 tokens run in"], []),
+    ("ort", ("cuda",), {"causal": False, "sinks": True}, False, 0, [], []),
+    ("ort", ("cpu", "cuda"), {"causal": False, "sinks": True}, False, 0, [], []),
+    ("onnx", ("cpu",), {"causal": False, "mask": True}, False, 0, [], []),
     ("ort", ("cuda",), CACHE | SLIDING | {"dtype": "float32"}, False, 0, [], []),
     ("onnx", ("cpu",), CACHE | SLIDING, False, 0, [], []),
     ("onnx", ("cuda",), CACHE, False, 0, [], []),
@@ -526,6 +581,14 @@ def test_no_form_is_left_for_blocks_that_are_not_computed(providers):
         )
 
 
+PREFERENCES = (
+    "run in blocks of",
+    "is faster than",
+    "Attention does neither",
+    "keeps the scores of all queries",
+)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_preference_is_no_inability(target):
     """What is passed over for speed alone would run; everything else passed over would not."""
@@ -533,14 +596,16 @@ def test_a_preference_is_no_inability(target):
         for form in FORMS[target]:
             broken = broken_limits(form, [situation])
             cannot = broken_limits(form, [situation], to_run=True)
-            slower = ("run in blocks of", "Attention does neither")
-            assert cannot == [r for r in broken if not any(part in r for part in slower)]
+            assert cannot == [
+                reason for reason in broken if not any(part in reason for part in PREFERENCES)
+            ]
 
 
 # What reasons name beside the fields of a situation.
 DERIVED = {
     "window_block": lambda s: max(s.window, 128),
     "long_prompt": lambda s: 4 * max(s.window, 128),
+    "query_block": lambda s: 256 if not s.window else min(512, max(128, s.window // 2)),
     "what_is_masked": lambda s: " and ".join(
         ["a past"] * s.cache + ["padding"] * s.mask + ["a window"] * (s.window > 0)
     ),
