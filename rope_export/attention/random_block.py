@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +17,6 @@ from rope_export.rope.embedding import RotaryEmbedding
 from rope_export.rope.pairs import Layout
 
 _DEFAULT_THETA = 10000.0
-# Options of the command that say what is exported of a block, not what the block is.
-_NOT_OF_THE_BLOCK = frozenset(
-    {
-        "target",
-        "providers",
-        "position_ids",
-        "cache",
-        "attention_mask",
-        "padding",
-        "static",
-        "batch",
-        "validate",
-    }
-)
 
 
 def rotated_width(head_dim: int, scaling: Mapping[str, Any]) -> int:
@@ -58,7 +45,9 @@ def block_of_artifact(folder: str | Path) -> Attention:
     """
     artifact = Artifact.read(Path(folder), verify=False)
     options = artifact.config.get("options") or {}
-    arguments = {name: value for name, value in options.items() if name not in _NOT_OF_THE_BLOCK}
+    # The others say how it was exported.
+    known = {name for made in (random_block, Attention) for name in signature(made).parameters}
+    arguments = {name: value for name, value in options.items() if name in known}
     if "checkpoint" in options:
         raise BadInputError(
             f"{folder}: is layer {options.get('layer')} of {options['checkpoint']!r}: "
