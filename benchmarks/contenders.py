@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rope_export import Attention
 from rope_export.attention.random_block import random_block
-from rope_export.proof.draws import draw, input_gain
+from rope_export.attention.random_inputs import draw, input_gain
 from rope_export.proof.reference import exact_angles, rotate_exactly
 from rope_export.rope.frequencies import Frequencies
 from rope_export.rope.pairs import Layout

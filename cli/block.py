@@ -32,6 +32,7 @@ Examples:
   rope-export block --seq 131072 --theta 500000 --scaling @rope_parameters.json
   rope-export block --cache --window 512 --kv-heads 4 --seq 8192
   rope-export block --cache window --window 512 --kv-heads 4 --seq 32768
+  rope-export block --cache --cache-dtype int8 --kv-heads 4
   rope-export block --from ~/models/Qwen3-8B --layer 3 --cache --dtype float16
   rope-export block --seq 8192 --target onnx --layout interleaved --out exported/standard"""
 )
@@ -51,6 +52,13 @@ Examples:
     help="Keys and values of earlier tokens as inputs and outputs, and an attention mask: one "
     "graph for prefill, chunks and decoding. 'window' keeps those of --window N only, so that "
     "memory and a token's time do not follow the length; --cache alone keeps all ('full').",
+)
+@click.option(
+    "--cache-dtype",
+    type=click.Choice(["int8", "int4"]),
+    default=None,
+    help="Keys and values in the cache as integers, with scales of random inputs (from Python: of "
+    "yours); float32 on the CPU.  [default: as they are computed]",
 )
 @click.option(
     "--attention-mask",
@@ -98,6 +106,7 @@ def block(
     *,
     seq: int | None,
     cache: str | None,
+    cache_dtype: str | None,
     attention_mask: bool,
     padding: str,
     position_ids: bool,
@@ -150,6 +159,7 @@ def block(
     interface: dict[str, Any] = {
         "position_ids": position_ids,
         "cache": cache if cache == "window" else cache is not None,
+        "cache_dtype": cache_dtype,
         "attention_mask": attention_mask,
         "padding": padding,
         "static": static,

@@ -101,6 +101,10 @@ def print_report(report: Report, path: Path) -> None:
         ("operators", _operators(graph["ops"])),
         ("rotation", graph["rotation"]),
     ]
+    if graph.get("cache"):
+        from rope_export.artifacts.report import cache_in_words
+
+        rows.append(("cache", cache_in_words(graph)))
     rows += [("passed over", reason) for reason in graph["passed_over"]]
     rows += [("at run time", branch) for branch in graph["branches"]]
     for label, text in rows:
@@ -113,6 +117,12 @@ def print_report(report: Report, path: Path) -> None:
     if report.validated:
         click.echo()
         _print_providers(report)
+        if report.loss is not None:
+            loss, case = report.loss
+            click.echo(
+                f"loss         the integer cache changes the output by {loss:.1e} at most "
+                f"({case.name} {case.shape}); not judged"
+            )
     for note in report.notes:
         click.echo(f"note         {note}")
     click.echo()

@@ -42,6 +42,7 @@ PARAMETERS = {
     "softcap": "--softcap",
     "qk_norm_eps": "--qk-norm-eps",
     "scale": "--scale",
+    "cache_dtype": "--cache-dtype",
     "cache": "--cache",
     "attention_mask": "--attention-mask",
     "padding='left'": "--padding left",

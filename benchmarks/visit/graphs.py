@@ -16,11 +16,11 @@ from rope_export import Attention
 from rope_export.artifacts.comparison import errors_against
 from rope_export.artifacts.files import MODEL
 from rope_export.attention.random_block import random_block
+from rope_export.attention.random_inputs import draw
 from rope_export.exporting.block import BlockRequest
 from rope_export.exporting.graph import save
 from rope_export.exporting.subject import Subject
 from rope_export.proof.arrays import to_numpy
-from rope_export.proof.draws import draw
 from rope_export.runtime import CacheLayout, Decoder, Session
 from rope_export.runtime.token_places import Array
 from visit.findings import Facts, said

@@ -13,6 +13,8 @@ PADDINGS = ("right", "left")
 KINDS = ("key", "value")
 MASK = "attention_mask"
 WINDOW = "window"
+BITS = {"int8": 8, "int4": 4}
+"""Of the integers that keys and values may be stored as; two of four bits share a byte."""
 
 
 def resident(tokens: npt.ArrayLike, window: int, capacity: int) -> npt.NDArray[np.int64]:
@@ -69,6 +71,7 @@ class CacheLayout:
         present: names of the outputs, likewise.
         mask: whether ``attention_mask`` is an input.
         ragged: whether rows may be padded and differ in length.
+        dtype: one of `BITS` where keys and values are stored as integers, else None.
     """
 
     layers: tuple[LayerCache, ...]
@@ -83,6 +86,7 @@ class CacheLayout:
     present: str = "present_{kind}"
     mask: bool = True
     ragged: bool = True
+    dtype: str | None = None
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -95,7 +99,20 @@ class CacheLayout:
             for kind, width in zip(KINDS, (layer.head_dim, layer.value_head_dim), strict=True):
                 past = self.past.format(layer=index, kind=kind)
                 present = self.present.format(layer=index, kind=kind)
-                yield past, present, layer.num_kv_heads, width
+                yield past, present, layer.num_kv_heads, self.stored_width(width)
+
+    def stored_width(self, width: int) -> int:
+        """Entries that a head of ``width`` channels takes in a tensor of the cache."""
+        return width if self.dtype is None else width * BITS[self.dtype] // 8
+
+    def bytes_of_token(self, element: int) -> int:
+        """What one token of one row takes in all layers.
+
+        Args:
+            element: bytes of a number where the cache is of floating point.
+        """
+        size = element if self.dtype is None else 1
+        return sum(heads * width * size for _, _, heads, width in self.names())
 
     @classmethod
     def from_json(cls, content: Any) -> CacheLayout:
@@ -105,7 +122,8 @@ class CacheLayout:
             KeyError, TypeError, ValueError: something in it is not as `export` writes it.
         """
         wanted = {field.name for field in fields(cls)}
-        if not isinstance(content, dict) or set(content) != wanted:
+        # What was written before there were other dtypes has none.
+        if not isinstance(content, dict) or {"dtype", *content} != wanted:
             raise ValueError("'cache' must describe how the graph keeps its cache")
         layers = tuple(LayerCache(**layer) for layer in content["layers"])
         if not layers:
@@ -127,6 +145,8 @@ class CacheLayout:
                 raise TypeError(f"{name!r} of the cache is {content[name]!r}, not str")
         for name in ("past", "present"):
             content[name].format(layer=0, kind="key")
+        if content.get("dtype") not in (None, *BITS):
+            raise ValueError(f"dtype of the cache is {content['dtype']!r}")
         if content["padding"] not in PADDINGS:
             raise ValueError(f"padding of the cache is {content['padding']!r}")
         return cls(**content | {"layers": layers})

@@ -54,11 +54,14 @@ class Bound:
         eager: eager PyTorch against float64 truth.
         tolerance: derived from it and the dtype.
         dtype: of the tensor, by NumPy's name.
+        loss: what the rounding of the cache alone changes, as relative L2 against float64 with a
+            cache of numbers; no provider is held to it. None: nothing is rounded.
     """
 
     eager: Errors
     tolerance: Errors
     dtype: str
+    loss: float | None = None
 
 
 def errors_against(truth: npt.NDArray[np.float64], output: npt.ArrayLike) -> Errors:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rope_export.artifacts.cache_layout import CacheLayout
 from rope_export.artifacts.comparison import Bound, Errors
 from rope_export.artifacts.files import REPORT, REPORT_TEXT, write_json, write_text
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class CaseResult:
             "row_tolerance": _finite(self.tolerance.row),
             "passed": self.passed,
             "reason": self.reason,
+            **({} if self.bound.loss is None else {"loss": self.bound.loss}),
         }
 
 
@@ -131,6 +135,16 @@ class Report:
         cases = [case for case in self.cases if case.provider == provider]
         return max(cases, key=_closeness, default=None)
 
+    @property
+    def loss(self) -> tuple[float, CaseResult] | None:
+        """The largest loss by a cache of integers, and its case; loud inputs are left aside."""
+        found = [
+            (case.bound.loss, case)
+            for case in self.cases
+            if case.bound.loss is not None and "loud" not in case.name
+        ]
+        return max(found, key=lambda each: each[0], default=None)
+
     def to_json(self) -> dict[str, Any]:
         """The report as ``report.json`` has it."""
         return {
@@ -167,6 +181,18 @@ def _closeness(case: CaseResult) -> float:
     )
 
 
+def cache_in_words(graph: dict[str, Any]) -> str:
+    """What a token takes in the cache, from the graph's part of a report."""
+    layout = CacheLayout.from_json(graph["cache"])
+    element = _BYTES.get(graph["dtype"], 4)
+    size = layout.bytes_of_token(element)
+    text = f"{layout.dtype or graph['dtype']}, {size:,} bytes a token"
+    if layout.dtype is None:
+        return text
+    whole = replace(layout, dtype=None).bytes_of_token(element)
+    return f"{text} (in {graph['dtype']} {whole:,})"
+
+
 def _verdict(report: Report) -> str:
     if not report.validated:
         return "NOT VALIDATED: exported without running it"
@@ -197,6 +223,27 @@ def _race(runners: list[dict[str, Any]]) -> list[str]:
     return [*lines, ""]
 
 
+def _losses(report: Report) -> list[str]:
+    """What the rounding of a cache changes, apart from whether the graph computes it right."""
+    known = {
+        (case.name, case.shape): case.bound.loss
+        for case in report.cases
+        if case.bound.loss is not None
+    }
+    if not known:
+        return []
+    lines = ["", "## Loss of the integer cache", ""]
+    lines += [
+        "Relative L2 of the output in float64 with this cache against float64 with a cache of "
+        "numbers: what the integers cost, not judged. Loud inputs are so large that most keys are "
+        "clipped.",
+        "",
+        "| case | shape | loss |",
+        "|---|---|--:|",
+    ]
+    return lines + [f"| {name} | {shape} | {loss:.2e} |" for (name, shape), loss in known.items()]
+
+
 def _sizes(ranges: dict[str, list[int | None]], proven: dict[str, list[int]]) -> str:
     """What every label may be, and what of it was compared."""
     parts = []
@@ -219,6 +266,8 @@ def _markdown(report: Report) -> list[str]:
     ]
     if graph.get("onnxruntime"):
         lines.append(f"- runs in onnxruntime {graph['onnxruntime']} and later")
+    if graph.get("cache"):
+        lines.append(f"- cache: {cache_in_words(graph)}")
     if graph.get("ranges"):
         lines.append(f"- sizes: {_sizes(graph['ranges'], graph.get('proven', {}))}")
     lines += [f"- passed over: {reason}" for reason in graph["passed_over"]]
@@ -247,6 +296,7 @@ def _markdown(report: Report) -> list[str]:
             f"| {case.tolerance.rel:.2e} | {case.errors.row:.2e} | {case.tolerance.row:.2e} "
             f"| {case.errors.max_abs:.2e} | {verdict} |"
         )
+    lines += _losses(report)
     if report.sensitivity:
         lines += ["", "## What these inputs would have shown", "", "| defect | relative error |"]
         lines += ["|---|--:|"]

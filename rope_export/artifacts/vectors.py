@@ -85,7 +85,10 @@ def _bound(entry: dict[str, Any]) -> Bound:
     errors = {key: Errors(**entry[key]) for key in ("eager", "tolerance")}
     if not isinstance(entry["dtype"], str):
         raise TypeError(f"dtype is {entry['dtype']!r}")
-    return Bound(**errors, dtype=entry["dtype"])
+    loss = entry.get("loss")
+    if loss is not None and not (type(loss) is float and 0 <= loss < 1e300):
+        raise ValueError(f"loss is {loss!r}")
+    return Bound(**errors, dtype=entry["dtype"], loss=loss)
 
 
 def vector_from_json(entry: dict[str, Any]) -> Vector:

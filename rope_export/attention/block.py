@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from rope_export import dispatch
+from rope_export.attention.cache_rounding import CacheRounding
 from rope_export.attention.latent import LatentProjection
 from rope_export.attention.norm import Norm
 from rope_export.attention.specs import Latent, QKNorm
@@ -131,6 +132,8 @@ class Attention(nn.Module):
         self.q_norm = Norm(norm, num_heads, head_dim) if norm else None
         self.k_norm = Norm(norm, num_kv_heads, head_dim) if norm else None
         self.sinks = nn.Parameter(torch.zeros(num_heads)) if sinks else None
+        # Set where the cache holds integers (`calibration.with_rounded_cache`).
+        self.cache_rounding: CacheRounding | None = None
         self.window_cache = window_cache
         if window_cache:
             self.check_window_cache()
@@ -259,13 +262,20 @@ class Attention(nn.Module):
             raise BadInputError(
                 f"capacity is of a cache of the window (window_cache=True), got {capacity}"
             )
+        dtype, *widths = self._stored()
         key, value = (
-            torch.zeros(
-                batch, self.num_kv_heads, slots, width, dtype=self.dtype, device=self.device
-            )
-            for width in (self.head_dim, self.value_head_dim)
+            torch.zeros(batch, self.num_kv_heads, slots, width, dtype=dtype, device=self.device)
+            for width in widths
         )
         return key, value
+
+    def _stored(self) -> tuple[torch.dtype, int, int]:
+        """Dtype of a cache, and widths of its keys and values."""
+        rounding = self.cache_rounding
+        if rounding is None:
+            return self.dtype, self.head_dim, self.value_head_dim
+        key, value = (rounding.stored_width(w) for w in (self.head_dim, self.value_head_dim))
+        return rounding.storage, key, value
 
     @overload
     def forward(
@@ -335,9 +345,9 @@ class Attention(nn.Module):
                 attention_mask,
                 past is not None and self._by_window(window_cache),
             )
-            context, present = target.attend(self, tokens)
+            context, kept = target.attend(self, tokens)
             lowered: Tensor = self.o_proj(context)
-            return lowered if present is None else (lowered, present)
+            return lowered if kept is None else (lowered, kept)
         by_window = past is not None and self._by_window(window_cache)
         self.check_inputs(hidden_states, past, attention_mask, by_window=by_window)
         if past is not None and by_window:
@@ -355,8 +365,14 @@ class Attention(nn.Module):
         elif past is not None:
             offset = offset + earlier
         q, k, v = self.heads(hidden_states, position_ids=position_ids, offset=offset)
+        present: Cache | None = None
         if past is not None:
-            k, v = torch.cat((past[0], k), dim=-2), torch.cat((past[1], v), dim=-2)
+            if self.cache_rounding is not None:
+                k, v = self.cache_rounding.encode(k, v)
+            present = torch.cat((past[0], k), dim=-2), torch.cat((past[1], v), dim=-2)
+            k, v = present
+            if self.cache_rounding is not None:
+                k, v = self.cache_rounding.decode(k, v)
         if order is None and past is None and self.window is None:
             output = self.merge(self.attend(q, k, v, is_causal=self.causal))
         else:
@@ -366,7 +382,7 @@ class Attention(nn.Module):
                 order[..., earlier:], order, causal=self.causal, window=self.window, real=real
             )
             output = self.merge(self.attend(q, k, v, visible=visible))
-        return output if past is None else (output, (k, v))
+        return output if present is None else (output, present)
 
     def _with_window_cache(
         self,
@@ -383,10 +399,16 @@ class Attention(nn.Module):
         q, k, v = self.heads(hidden_states, position_ids=position_ids)
         assert self.window is not None
         call = WindowCall.of(attention_mask, new, window=self.window, capacity=past[0].shape[-2])
+        rounding = self.cache_rounding
+        if rounding is not None:
+            k, v = rounding.encode(k, v)
         k = torch.cat((call.cleared(past[0]), k), dim=-2)
         v = torch.cat((call.cleared(past[1]), v), dim=-2)
+        present = call.kept(k), call.kept(v)
+        if rounding is not None:
+            k, v = rounding.decode(k, v)
         output = self.merge(self.attend(q, k, v, visible=call.visible))
-        return output, (call.kept(k), call.kept(v))
+        return output, present
 
     def _by_window(self, asked: bool | None) -> bool:
         by_window = self.window_cache if asked is None else asked
@@ -413,14 +435,13 @@ class Attention(nn.Module):
         earlier = 0
         if past is not None:
             earlier = past[0].shape[-2]
-            for name, given, width in (
-                ("keys", past[0], self.head_dim),
-                ("values", past[1], self.value_head_dim),
-            ):
+            dtype, *widths = self._stored()
+            dtype = hidden_states.dtype if self.cache_rounding is None else dtype
+            for name, given, width in zip(("keys", "values"), past, widths, strict=True):
                 wanted = (batch, self.num_kv_heads, earlier, width)
-                if tuple(given.shape) != wanted or given.dtype != hidden_states.dtype:
+                if tuple(given.shape) != wanted or given.dtype != dtype:
                     raise BadInputError(
-                        f"past must hold {name} {wanted} of {hidden_states.dtype}, "
+                        f"past must hold {name} {wanted} of {dtype}, "
                         f"got {tuple(given.shape)} of {given.dtype}"
                     )
         if by_window:

@@ -88,7 +88,7 @@ class WindowCall:
 
     def cleared(self, past: Tensor) -> Tensor:
         """A past ``[B, G, C, D]`` with zeros where no token is: what lies there is unspecified."""
-        return past.masked_fill(~self.filled[:, None, :, None], 0.0)
+        return past.masked_fill(~self.filled[:, None, :, None], 0)
 
     def kept(self, keys: Tensor) -> Tensor:
         """The present ``[B, G, C, D]``, of past and new ones ``[B, G, C + S, D]``."""

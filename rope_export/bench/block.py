@@ -163,7 +163,7 @@ def _check(
 def _store(block: Attention, folder: Path, batch: int, longest: int, seed: int) -> None:
     import torch
 
-    from rope_export.proof.draws import draw, input_gain
+    from rope_export.attention.random_inputs import draw, input_gain
 
     torch.save(block, folder / BLOCK)
     rng = np.random.default_rng(seed)

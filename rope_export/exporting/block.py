@@ -15,6 +15,8 @@ from rope_export.artifacts.cache_layout import MASK, PADDINGS, WINDOW
 from rope_export.artifacts.targets import DTYPES
 from rope_export.attention.adapters import refuse_what_weights_do_not_say
 from rope_export.attention.block import Attention
+from rope_export.attention.cache_rounding import CacheRounding
+from rope_export.attention.calibration import calibrated, with_rounded_cache
 from rope_export.errors import BadInputError
 from rope_export.exporting.request import DEFAULT_LONGEST, Entry, checked_providers
 from rope_export.exporting.signature import Axes, Signature
@@ -54,6 +56,8 @@ class BlockRequest:
         padding: the side on which prompts are padded.
         form: name of the form taken, or None: the best one that is legal.
         onnxruntime: the oldest one the graph is to run in.
+        calibration: what the scales of a cache of integers were chosen by, "given" or "random"
+            inputs, or None: it holds numbers.
     """
 
     block: Attention
@@ -70,6 +74,7 @@ class BlockRequest:
     padding: str = "right"
     form: str | None = None
     onnxruntime: str = since.NEWEST
+    calibration: str | None = None
 
     graph_name = "attention"
     learned = ()
@@ -91,8 +96,10 @@ class BlockRequest:
         padding: str = "right",
         form: str | None = None,
         onnxruntime: str = since.NEWEST,
+        cache_dtype: str | None = None,
+        calibration: Any = None,
     ) -> BlockRequest:
-        """Check a request against the block.
+        """Check a request against the block, and give its cache scales where it holds integers.
 
         Raises:
             BadInputError: an argument is not acceptable.
@@ -151,8 +158,16 @@ class BlockRequest:
             cache = WINDOW
         if cache == WINDOW and block.window is None:
             raise BadInputError(f"cache={WINDOW!r} needs a block with a window, got window=None")
+        block = _keeping(block, cache)
+        rounding: CacheRounding | None = None
+        if cache_dtype is not None:
+            if not cache:
+                raise BadInputError(f"cache_dtype {cache_dtype} needs cache, got it without")
+            rounding = calibrated(block, cache_dtype, calibration, seed=seed)
+        elif calibration is not None:
+            raise BadInputError("calibration needs cache_dtype, got it without")
         request = cls(
-            _keeping(block, cache),
+            block if rounding is None else with_rounded_cache(block, rounding),
             target,
             chosen,
             dtypes.pop(),
@@ -166,19 +181,26 @@ class BlockRequest:
             padding,
             form,
             onnxruntime,
+            None if rounding is None else "random" if calibration is None else "given",
         )
         request.choose()
         return request
 
     def to_json(self) -> dict[str, Any]:
         """The request as ``config.json`` has it: all but the block."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "block"}
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "block"}
+        rounding = self.block.cache_rounding
+        return content | {"cache_rounding": None if rounding is None else rounding.to_json()}
 
     @classmethod
     def from_json(cls, content: dict[str, Any], block: Attention) -> BlockRequest:
         """Read a request back from ``config.json``, for the block as it was then."""
         block = _keeping(block, content["cache"])
-        return cls(block, **content | {"providers": tuple(content["providers"])})
+        content = {**content, "providers": tuple(content["providers"])}
+        rounding = content.pop("cache_rounding", None)
+        if rounding is not None:
+            block = with_rounded_cache(block, CacheRounding.from_json(rounding))
+        return cls(block, **content)
 
     @property
     def module(self) -> nn.Module:
@@ -232,6 +254,7 @@ class BlockRequest:
         inputs, outputs = self.axes()
         dynamic = {axis for axes in inputs.values() for axis in axes if isinstance(axis, str)}
         length = inputs["hidden_states"][1]
+        rounding = self.block.cache_rounding
         return Signature(
             inputs,
             outputs,
@@ -245,6 +268,7 @@ class BlockRequest:
             past_name="past_{kind}",
             present_name="present_{kind}",
             windows={0: self.window} if self.window else {},
+            cache_dtype=None if rounding is None else rounding.dtype,
         )
 
     def axes(self) -> tuple[Axes, Axes]:
@@ -258,12 +282,14 @@ class BlockRequest:
         if self.position_ids:
             inputs["position_ids"] = [*lead, batch, length]
         if self.cache:
+            rounding = block.cache_rounding
             earlier: str | int = "past_sequence"
             now: str | int = "total_sequence"
             if self.window:
                 earlier = now = self.capacity or "capacity"
             for name, width in (("key", block.head_dim), ("value", block.value_head_dim)):
                 heads = block.num_kv_heads
+                width = width if rounding is None else rounding.stored_width(width)
                 inputs[f"past_{name}"] = [batch, heads, earlier, width]
                 outputs[f"present_{name}"] = [batch, heads, now, width]
         if self.attention_mask:
@@ -302,6 +328,8 @@ class BlockRequest:
         for name, axes in self.signature.inputs.items():
             shape = [sizes[axis] if isinstance(axis, str) else axis for axis in axes]
             kind = torch.int64 if name in _INTEGERS else self.block.dtype
+            if name.startswith("past_") and self.block.cache_rounding is not None:
+                kind = self.block.cache_rounding.storage
             fill = torch.ones if name == MASK else torch.zeros
             tensors[name] = fill(shape, dtype=kind, device=self.block.device)
             shapes[name] = {i: dims[axis] for i, axis in enumerate(axes) if isinstance(axis, str)}

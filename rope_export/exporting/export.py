@@ -50,6 +50,8 @@ def export(
     max_seq_len: int | None = None,
     position_ids: bool = False,
     cache: bool | str = False,
+    cache_dtype: str | None = None,
+    calibration: Any = None,
     attention_mask: bool = False,
     padding: str = "right",
     static: bool = False,
@@ -104,6 +106,13 @@ def export(
             num_kv_heads, capacity, width]`` of any capacity from the window on (on CUDA the window
             itself); ``attention_mask`` then says how many tokens there were. It is the default
             meaning of True for a block with ``window_cache=True``.
+        cache_dtype: of a block with a cache, ``"int8"`` or ``"int4"``: keys and values are stored
+            as integers, int8 ``[batch, num_kv_heads, past_sequence, width]`` or uint8 of half the
+            width, and attention sees what they come back as; None: as they are computed. Their
+            scales are constants of the graph, one for each channel.
+        calibration: hidden states ``[tokens, hidden_size]`` or ``[batch, sequence, hidden_size]``
+            as the block meets them, by which those scales are chosen: none of their keys and values
+            is clipped, at any position (default: random ones, and the report says so).
         attention_mask: of a block, whether ``attention_mask`` ``[batch, total_sequence]`` is an
             input, 1 for a token and 0 for padding; always so with ``cache``.
         padding: ``"right"`` or ``"left"``, the side on which prompts are padded.
@@ -143,6 +152,7 @@ def export(
     of_a_block: dict[str, Any] = {
         "position_ids": position_ids,
         "cache": cache,
+        "cache_dtype": cache_dtype,
         "attention_mask": attention_mask,
         "static": static,
         "batch": batch,
@@ -156,12 +166,14 @@ def export(
                 "Attention itself is exported without)"
             )
         first = TARGETS[0] if target == AUTO else target
-        request = BlockRequest.checked(module, **common | {"target": first}, **of_a_block)
+        request = BlockRequest.checked(
+            module, **common | {"target": first}, **of_a_block, calibration=calibration
+        )
         if target == AUTO:
             validate = True
             request, runners = stages.racer().race(request, _is_proven, progress)
     else:
-        _refuse_what_examples_say(target, of_a_block)
+        _refuse_what_examples_say(target, of_a_block | {"calibration": calibration})
         request = ModuleRequest.checked(
             module,
             () if args is None else args,
@@ -194,13 +206,18 @@ def _refuse_what_examples_say(target: str, of_a_block: Mapping[str, Any]) -> Non
             "target auto is of an Attention exported alone, got it with args: name one of "
             f"{', '.join(TARGETS)}"
         )
-    defaults = {"static": False, "batch": 1}
+    defaults = {"batch": 1, "cache_dtype": None, "calibration": None}
     for name, value in of_a_block.items():
-        if value != defaults.get(name, False):
+        default = defaults.get(name, False)
+        if value is not default and (default is None or value != default):
             raise BadInputError(
-                f"{name} is of an Attention exported alone, got {name}={value!r} with args: "
+                f"{name} is of an Attention exported alone, got {name}={_shown(value)} with args: "
                 "what a module takes is said by its examples"
             )
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if isinstance(value, bool | int | str) else type(value).__name__
 
 
 def _takes_what_a_block_takes(block: Attention) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from rope_export.artifacts.cache_layout import KINDS, MASK, CacheLayout, LayerCache
+from rope_export.artifacts.cache_layout import BITS, KINDS, MASK, CacheLayout, LayerCache
 from rope_export.errors import BadInputError
 from rope_export.exporting.call import PAST, PRESENT, Leaf
 from rope_export.exporting.dynamic_shapes import LabelledCall
@@ -40,6 +40,7 @@ class Signature:
         past_name: of caches that come in, with ``{layer}`` and ``{kind}`` (key or value).
         present_name: of those that go out, likewise.
         windows: of layers whose cache holds the window only, the window.
+        cache_dtype: of the integers that caches hold, one of `cache_layout.BITS`, or None.
     """
 
     inputs: Axes
@@ -56,6 +57,7 @@ class Signature:
     past_name: str = f"{PAST}.{{layer}}.{{kind}}"
     present_name: str = f"{PRESENT}.{{layer}}.{{kind}}"
     limits: Mapping[str, str] = field(default_factory=dict)
+    cache_dtype: str | None = None
     windows: Mapping[int, int] = field(default_factory=dict)
 
     def windowed(self) -> dict[str, int]:
@@ -111,13 +113,14 @@ class Signature:
         layers = []
         for n in self.layers:
             key, value = (self.inputs[self.past_name.format(layer=n, kind=kind)] for kind in KINDS)
-            sizes = key[1], key[3], value[3]
-            if not all(isinstance(size, int) for size in sizes):
+            heads, *widths = key[1], key[3], value[3]
+            if not all(isinstance(size, int) for size in (heads, *widths)):
                 return None
-            heads, head_dim, value_head_dim = (int(size) for size in sizes)
+            per_entry = 1 if self.cache_dtype is None else 8 // BITS[self.cache_dtype]
+            head_dim, value_head_dim = (int(width) * per_entry for width in widths)
             window = self.windows.get(n, 0)
             slots = key[2] if window and isinstance(key[2], int) else 0
-            layers.append(LayerCache(heads, head_dim, value_head_dim, window, slots))
+            layers.append(LayerCache(int(heads), head_dim, value_head_dim, window, slots))
         axes = 0
         if positions is not None:
             axes = int(positions[0]) if len(positions) == 3 else 1
@@ -136,6 +139,7 @@ class Signature:
             present=self.present_name,
             mask=mask,
             ragged=mask and ragged and not (packs_rows and self.reads_past),
+            dtype=self.cache_dtype,
         )
 
 

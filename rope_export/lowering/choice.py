@@ -110,7 +110,8 @@ def _taken(form: Form, situations: list[Situation], reasons: tuple[str, ...]) ->
     query_block = one.query_block if rotated_first else 0
     cut_rows = form is rules.MHA and one.mask and one.apart
     # Elsewhere sinks would choose a slower kernel.
-    single = by_rows and all(s.provider == "cpu" for s in situations)
+    # With a cache of integers the kernel is another, and is as fast as it is.
+    single = by_rows and not one.cache_bits and all(s.provider == "cpu" for s in situations)
     branches, limits = [], []
     # Padding counts as tokens, which the next ones take the place of; where tokens make room for
     # each other, that would be too late.

@@ -221,14 +221,16 @@ class GroupQueryCalls(Subgraphs):
     ) -> Sequence[ir.Value]:
         """``row`` of each entry of the first axis of ``stacked``, which gives ``count`` values."""
         given = [value for value in stacked if value is not None]
-        entries = [ir.Value(name=f"entry_{i}", type=value.type) for i, value in enumerate(given)]
-        for entry, value in zip(entries, given, strict=True):
-            if entry.type is None:
-                entry.type = self.q.type
-                if value is stacked[_LAST_INDEX]:
-                    entry.type = ir.TensorType(ir.DataType.INT32)
-                elif value is self.counts:
-                    entry.type = ir.TensorType(ir.DataType.INT64)
+        # Of past and present; all before is as the queries are, and counts come last.
+        kept = self.node.outputs[1].type
+        kinds = [*[self.q.type] * _PAST_KEY, kept, kept]
+        kinds += [ir.TensorType(kind) for kind in (ir.DataType.INT32, ir.DataType.INT64)]
+        entries = [
+            ir.Value(name=f"entry_{i}", type=kind)
+            for i, kind in enumerate(
+                kind for kind, value in zip(kinds, stacked, strict=False) if value is not None
+            )
+        ]
 
         def body(inner: Tape) -> Sequence[ir.Value]:
             of_row = iter(entries)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from einops import repeat
+from einops import rearrange, repeat
 from torch import Tensor
 
 from rope_export.attention.block import Attention, Cache
@@ -96,14 +96,25 @@ def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Ca
     if choice.window_cache and past is not None:
         assert block.window is not None
         call = new_tokens.window_call(tokens, block.window)
-        visible, past = call.visible, (call.cleared(past[0]), call.cleared(past[1]))
+        visible = call.visible
+        if block.cache_rounding is None:
+            past = call.cleared(past[0]), call.cleared(past[1])
     elif tokens.attention_mask is not None:
         visible = new_tokens.visible(tokens, causal=block.causal, window=block.window)
     elif block.window is not None:
         token = torch.arange(q.shape[1])
         visible = visible_keys(token, token, causal=block.causal, window=block.window)
         visible = visible.unsqueeze(0)
-    if past is not None and widened:
+    stored: Cache | None = None
+    if past is not None and block.cache_rounding is not None:
+        # The operator's own past and present are numbers: all tokens come to it as new ones.
+        q, k, v = (
+            rearrange(x, "b s (h d) -> b h s d", d=width)
+            for x, width in ((q, block.head_dim), (k, block.head_dim), (v, block.value_head_dim))
+        )
+        stored, k, v = primitive.joined_integers(block.cache_rounding, tokens, k, v, call)
+        past = None
+    elif past is not None and widened:
         past = past[0].float(), past[1].float()
     context, key, value = ops.attention(
         q,
@@ -117,6 +128,8 @@ def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Ca
         visible=visible,
         past=past,
     )
+    if stored is not None:
+        return ops.merged(context), stored
     if call is not None:
         key, value = ops.kept_slots(key, call.source), ops.kept_slots(value, call.source)
     present = None if past is None else (key.to(dtype), value.to(dtype))

@@ -20,6 +20,7 @@ _FEATURES: dict[str, dict[str, object]] = {
     "causal, grouped heads": {},
     "`--cache`": {"cache": True, "mask": True},
     "`--cache --padding left`": {"cache": True, "mask": True, "padding": "left"},
+    "`--cache --cache-dtype int8`, `int4`": {"cache": True, "mask": True, "cache_bits": 8},
     "`--attention-mask`": {"mask": True},
     "`--position-ids`": {"implied_positions": False},
     "`--window 512`": {"window": 512},
@@ -123,8 +124,9 @@ def _cell(
     situation = replace(rules.PLAIN, **feature, provider=provider, dtype=dtype)  # type: ignore[arg-type]
     try:
         choice = choose(target, [situation])
-    except BadInputError as error:  # no feature here is without a form on every target
-        raise AssertionError(str(error)) from error
+    except BadInputError:
+        (reason, *_) = rules.broken_limits(rules.FORMS[target][-1], [situation])
+        return f"not possible ({reasons.setdefault(reason, len(reasons) + 1)})"
     numbers = [reasons.setdefault(reason, len(reasons) + 1) for reason in choice.reasons]
     by_blocks = ", by blocks" if choice.window_block or choice.query_block else ""
     by_blocks += ", by rows" if choice.cut_rows else ""
@@ -143,6 +145,8 @@ def _in_an_older_one() -> list[str]:
             TARGETS, _FEATURES.items(), _COLUMNS
         ):
             plain = replace(rules.PLAIN, **feature, provider=provider, dtype=dtype)  # type: ignore[arg-type]
+            if rules.broken_limits(rules.FORMS[target][-1], [plain]):
+                continue  # not possible, in whatever version
             later, earlier = (
                 _SHORT[choose(target, [replace(plain, onnxruntime=number)]).form.name]
                 for number in (version, f"{major}.{minor - 1}")

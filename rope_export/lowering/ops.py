@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from rope_export.attention.cache_rounding import CacheRounding
 from rope_export.rope.pairs import Layout
 
 Attributes = dict[
@@ -150,6 +151,23 @@ def kept_slots(keys: Tensor, source: Tensor) -> Tensor:
     )
 
 
+def merged(x: Tensor) -> Tensor:
+    """Heads ``[B, G, S, D]`` side by side, ``[B, S, G * D]``.
+
+    As an operator of its own: as PyTorch writes it, onnxruntime does not infer the last axis, and
+    takes what attends to it for misshapen.
+    """
+    batch, heads, length, width = x.shape
+    shape = torch.tensor([0, 0, heads * width], dtype=torch.int64)  # 0: as it was
+    return torch.onnx.ops.symbolic(
+        "Reshape",
+        (x.transpose(1, 2), shape),
+        dtype=x.dtype,
+        shape=(batch, length, heads * width),
+        version=14,
+    )
+
+
 def joined(past: Tensor, new: Tensor, total: int) -> Tensor:
     """Past and new keys or values, ``[B, G, total, D]``.
 
@@ -178,11 +196,11 @@ def attention(
     visible: Tensor | None = None,
     past: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """ONNX ``Attention-23`` on ``[B, S, heads * width]`` tensors.
+    """ONNX ``Attention-23`` on ``[B, S, heads * width]`` tensors, or ``[B, heads, S, width]``.
 
     Args:
         q: queries.
-        k: keys.
+        k: keys; there may be more than queries where all is seen that ``visible`` says.
         v: values.
         num_heads: query heads.
         num_kv_heads: key and value heads.
@@ -194,14 +212,12 @@ def attention(
             ``visible``.
 
     Returns:
-        ``[B, S, num_heads * value width]``, and present keys and values.
+        ``[B, S, num_heads * value width]`` or ``[B, num_heads, S, value width]``, and present keys
+        and values.
     """
-    attributes: Attributes = {
-        "q_num_heads": num_heads,
-        "kv_num_heads": num_kv_heads,
-        "scale": scale,
-        "is_causal": int(causal),
-    }
+    attributes: Attributes = {"scale": scale, "is_causal": int(causal)}
+    if q.ndim == 3:
+        attributes = {"q_num_heads": num_heads, "kv_num_heads": num_kv_heads, **attributes}
     if softcap is not None:
         attributes["softcap"] = softcap
     inputs: list[Tensor | None] = [q, k, v]
@@ -209,11 +225,15 @@ def attention(
         inputs.append(visible.unsqueeze(1))
     if past is not None:
         inputs += past
-    batch, length = q.shape[:2]
+    batch, length = q.shape[0], q.shape[-2]
     total = length if visible is None else visible.shape[-1]
-    widths = (k.shape[-1] // num_kv_heads, v.shape[-1] // num_kv_heads)
+    beside = 1 if q.ndim == 4 else num_kv_heads
+    widths = (k.shape[-1] // beside, v.shape[-1] // beside)
     presents = [(batch, num_kv_heads, total, width) for width in widths]
-    shapes = ((batch, length, num_heads * widths[1]), *presents)
+    of_output: tuple[int, ...] = (batch, length, num_heads * widths[1])
+    if q.ndim == 4:
+        of_output = (batch, num_heads, length, widths[1])
+    shapes = (of_output, *presents)
     output, key, value = torch.onnx.ops.symbolic_multi_out(
         "Attention",
         inputs,
@@ -244,6 +264,7 @@ def group_query_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     causal: bool = True,
+    rounding: CacheRounding | None = None,
     by_rows: bool = False,
     block: int = 0,
     single: bool = False,
@@ -270,6 +291,7 @@ def group_query_attention(
         softcap: bound of the scores.
         sinks: a score for each head that adds nothing, ``[num_heads]``.
         causal: whether later tokens are hidden; else there is no past and no window.
+        rounding: how the cache stores integers, or None: it does not; needs ``past``.
         by_rows: whether several new tokens of a batch with a past need one call a row.
         block: tokens in a block when long prompts are computed by blocks, or 0.
         single: whether one token after a past is a call of its own. One of the three makes this
@@ -299,6 +321,14 @@ def group_query_attention(
         attributes |= {"do_rotary": 1, "rotary_interleaved": int(layout == "interleaved")}
     if sinks is not None:
         inputs += [None] * (SINKS - len(inputs)) + [sinks]
+    if rounding is not None:
+        inputs += [None] * (SINKS + 1 - len(inputs))
+        inputs += [rounding.key_scale, rounding.value_scale]
+        attributes |= {
+            "k_quant_type": "PER_CHANNEL",
+            "v_quant_type": "PER_CHANNEL",
+            "kv_cache_bit_width": rounding.bits,
+        }
     domain = "com.microsoft"
     if by_rows or block or single:
         domain = OWN_DOMAIN
@@ -306,12 +336,14 @@ def group_query_attention(
         if counts is not None:
             inputs += [None] * (COUNTS - len(inputs)) + [counts]
     batch, length = q.shape[0], q.shape[1]
-    present = (batch, num_kv_heads, present_length, head_dim)
+    kept = q.dtype if rounding is None else rounding.storage
+    width = head_dim if rounding is None else rounding.stored_width(head_dim)
+    present = (batch, num_kv_heads, present_length, width)
     output, key, value = torch.onnx.ops.symbolic_multi_out(
         f"{domain}::{GROUP_QUERY}",
         inputs,
         attrs=attributes,
-        dtypes=(q.dtype, q.dtype, q.dtype),
+        dtypes=(q.dtype, kept, kept),
         shapes=((batch, length, num_heads * head_dim), present, present),
         version=1,
     )

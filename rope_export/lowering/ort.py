@@ -92,6 +92,7 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
         softcap=block.softcap,
         sinks=None if block.sinks is None else block.sinks.to(q.dtype),
         causal=block.causal,
+        rounding=None if tokens.past is None else block.cache_rounding,
         by_rows=choice.by_rows,
         block=choice.window_block,
         single=choice.single,

@@ -57,6 +57,7 @@ class Situation:
         softcap: scores are capped.
         sinks: each head has a sink.
         value_head_dim: width of a value head.
+        cache_bits: of the integers that keys and values are stored as, 0: they are not.
         alone: the graph is made for this provider only.
         window_cache: the cache holds the window only.
         slots: of such a cache, 0 where that is any number.
@@ -80,6 +81,7 @@ class Situation:
     softcap: bool = False
     sinks: bool = False
     value_head_dim: int = 0
+    cache_bits: int = 0
     alone: bool = True
     window_cache: bool = False
     slots: int = 0
@@ -89,6 +91,11 @@ class Situation:
     def hides_keys(self) -> bool:
         """Whether there may be keys that a query does not see."""
         return self.causal or self.mask or self.window > 0
+
+    @property
+    def integer_step(self) -> int:
+        """What widths of heads with integers in a cache of the window are multiples of, or 0."""
+        return 128 // self.cache_bits if self.cache_bits and self.window_cache else 0
 
     @property
     def window_block(self) -> int:
@@ -102,6 +109,7 @@ class Situation:
             self.provider == "cpu"
             and self.alone
             and self.window > 0
+            and not self.cache_bits
             and self.longest > BLOCKS_TO_WIN * self.window_block
         )
 
@@ -152,6 +160,7 @@ def situations(
     ``slots`` are those of a cache of the window, 0 where that is any number; None: it keeps all.
     """
     rope = block.rope
+    rounding = block.cache_rounding if cache else None
     return [
         Situation(
             provider=provider,
@@ -174,6 +183,7 @@ def situations(
             window_cache=slots is not None,
             slots=slots or 0,
             onnxruntime=onnxruntime,
+            cache_bits=0 if rounding is None else rounding.bits,
         )
         for provider in providers
     ]
@@ -223,6 +233,7 @@ class Limit:
             **asdict(situation),
             window_block=situation.window_block,
             query_block=situation.query_block,
+            integer_step=situation.integer_step,
             long_prompt=BLOCKS_TO_WIN * situation.window_block,
             what_is_masked=asked,
         )
@@ -269,6 +280,12 @@ ANY_GRAPH = (
         _dtypes("float32", "float16"),
         "onnxruntime has no bfloat16 kernel for MatMul, RotaryEmbedding or attention on the CPU; "
         "use float32 or float16 there, or make the graph for cuda alone",
+    ),
+    Limit(
+        None,
+        lambda s: not s.cache_bits or s.dtype == "float32",
+        "cache_dtype needs float32 weights, got {dtype}: its keys are not known to a step of the "
+        "integers, so that nothing could say which is right",
     ),
 )
 
@@ -317,6 +334,12 @@ _GQA = (
         since=since.WINDOW_CACHE,
     ),
     Limit(
+        None,
+        lambda s: not s.cache_bits,
+        "GroupQueryAttention has no cache of integers",
+        since=since.INTEGER_CACHE,
+    ),
+    Limit(
         "cuda",
         _dtypes("float16", "bfloat16"),
         "GroupQueryAttention has no {dtype} kernel on CUDA (float16 and bfloat16 only)",
@@ -331,6 +354,12 @@ _GQA = (
         lambda s: s.value_head_dim == s.head_dim,
         "GroupQueryAttention needs value heads as wide as key heads, got {value_head_dim} and "
         "{head_dim}",
+    ),
+    Limit(
+        None,
+        lambda s: not s.integer_step or s.head_dim % s.integer_step == 0,
+        "GroupQueryAttention with a cache of the window needs head_dim to be a multiple of "
+        "{integer_step} for integers of {cache_bits} bits, got {head_dim}",
     ),
     Limit(
         "cuda",

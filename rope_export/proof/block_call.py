@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from rope_export.artifacts.cache_layout import resident
+from rope_export.artifacts.comparison import errors_against
 from rope_export.attention.block import Attention
+from rope_export.attention.random_inputs import draw
 from rope_export.attention.visibility import visible_keys
 from rope_export.proof.arrays import from_numpy, to_numpy
 from rope_export.proof.block_shapes import Shape
-from rope_export.proof.draws import RUN, draw, draw_positions, sample_rows
-from rope_export.proof.reference import attention_truth, keys_and_values
+from rope_export.proof.draws import RUN, draw_positions, sample_rows
+from rope_export.proof.reference import Semantics, attention_truth, keys_and_values
+from rope_export.proof.rounded_cache import Rounding
+from rope_export.proof.settled import settle
 from rope_export.runtime.token_places import (
     Array,
     Places,
@@ -23,6 +27,9 @@ from rope_export.runtime.token_places import (
     window_tokens,
 )
 from rope_export.runtime.trial import OUTPUT, PRESENTS, Expected, Judged, Trial
+
+# What padding in a cache of integers holds, times a number near one.
+_JUNK_INTEGER = 16.0
 
 
 @dataclass(frozen=True)
@@ -75,10 +82,20 @@ class BlockCall:
             drawn = [draw_positions(rng, reach, served, rope) for _ in range(rope.axes)]
             self.ids = torch.from_numpy(np.stack(drawn) if rope.axes > 1 else drawn[0])
         self.rows = sample_rows(rng, length) if shape.sampled else None
+        self.rounding = Rounding.of(block)
         nothing = np.zeros(batch, dtype=np.int64)
         # Columns of the past and of the call, and the tokens in them.
         self.old = step_tokens(tuple(pasts.tolist()), nothing, interface.padding)
         self.new = step_tokens(tuple(lengths.tolist()), pasts, interface.padding)
+        if self.rounding is not None:
+            settle(
+                block,
+                self.rounding,
+                self.tokens,
+                (self.new[0], self.new[1]),
+                self.ids,
+                lambda count: draw(rng, block, 1, count, deviation),
+            )
         self.mask = np.zeros((batch, shape.total), dtype=np.int64)
         self.mask[self.old[0], self.old[2]] = 1
         self.mask[self.new[0], self.new[2] + shape.past] = 1
@@ -107,11 +124,15 @@ class BlockCall:
             past = {name: past[name] for name in ("past_key", "past_value")}
         if interface.mask:
             inputs["attention_mask"] = self.mask
-        truth = self._truth()
+        truth = self._truth(Semantics.of(self.block))
         eager, present = self._eager(new_ids, past)
         whole = (shape.batch, shape.sequence, self.block.hidden_size)
         judged = Judged("tokens", self._compared(), whole)
-        parts = {OUTPUT: expected_of(self.block, truth, eager, judged, loud=shape.loud)}
+        of_output = expected_of(self.block, truth, eager, judged, loud=shape.loud)
+        if of_output is not None:
+            bound = replace(of_output.bound, loss=self._loss(truth))
+            of_output = replace(of_output, bound=bound)
+        parts = {OUTPUT: of_output}
         if exact is not None:
             parts |= self._presents(exact, present)
         expected = {name: part for name, part in parts.items() if part is not None}
@@ -144,7 +165,14 @@ class BlockCall:
         picked = np.isin(column, self.rows.numpy())
         return row[picked], column[picked]
 
-    def _truth(self) -> Array:
+    def _loss(self, truth: Array) -> float | None:
+        """What the rounding of the cache changes in the output."""
+        if self.rounding is None:
+            return None
+        kept = self._truth(replace(Semantics.of(self.block), rounding=None))
+        return errors_against(kept, truth).rel
+
+    def _truth(self, meaning: Semantics) -> Array:
         """Float64 outputs of the tokens compared, ``[tokens, hidden]``."""
         block, tokens, ids, shape = self.block, self.tokens, self.ids, self.shape
         if shape.uniform:
@@ -153,7 +181,12 @@ class BlockCall:
                 rows = torch.arange(shape.past, tokens.shape[1])
             picked = None if len(rows) == tokens.shape[1] else rows
             truth = attention_truth(
-                block, tokens, position_ids=ids, rows=picked, calls=self._calls()
+                block,
+                tokens,
+                position_ids=ids,
+                rows=picked,
+                calls=self._calls(),
+                semantics=meaning,
             )
             return truth.flatten(0, 1).numpy()
         longest = None if ids is not None else int(self.totals.max())
@@ -163,13 +196,16 @@ class BlockCall:
             row = tokens[index : index + 1, :total]
             rows = torch.arange(int(past), int(total))
             parts.append(
-                attention_truth(block, row, position_ids=of_row, rows=rows, longest=longest)[0]
+                attention_truth(
+                    block, row, position_ids=of_row, rows=rows, longest=longest, semantics=meaning
+                )[0]
             )
         return torch.cat(parts).numpy()
 
     def _exact_cache(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of all tokens in float64, ``[B, G, tokens, width]``."""
-        return keys_and_values(self.block, self.tokens, position_ids=self.ids, calls=self._calls())
+        """Keys and values of all tokens, ``[B, G, tokens, width]``: float64, or as stored."""
+        exact = keys_and_values(self.block, self.tokens, position_ids=self.ids, calls=self._calls())
+        return exact if self.rounding is None else self.rounding.stored(exact)
 
     def _past(self, exact: tuple[Tensor, Tensor], *, packs_rows: bool) -> dict[str, Array]:
         """Past keys and values in the block's dtype, with junk at padding."""
@@ -184,9 +220,13 @@ class BlockCall:
             row, token = (torch.from_numpy(part) for part in places)
             slot = token - torch.from_numpy(self.pasts - kept)[row]
         for name, tensor in zip(("past_key", "past_value"), exact, strict=True):
-            of_dtype = tensor.to(self.tokens.dtype)
+            if self.rounding is None:
+                of_dtype, junk = tensor.to(self.tokens.dtype), self.junk
+            else:
+                of_dtype = tensor
+                junk = (_JUNK_INTEGER * self.junk).abs().clamp(max=127).to(tensor.dtype)
             width = tensor.shape[-1]
-            filled = self.junk[:, :, :1, None].expand(-1, tensor.shape[1], slots, width)
+            filled = junk[:, :, :1, None].expand(-1, tensor.shape[1], slots, width)
             filled = filled.clone()
             filled[row, :, slot] = of_dtype[row, :, token]
             past[name] = to_numpy(filled)
@@ -203,7 +243,8 @@ class BlockCall:
             present = None
             if past is not None:
                 _, k, v = block.heads(self.hidden, position_ids=new_ids)
-                present = k, v
+                rounding = block.cache_rounding
+                present = (k, v) if rounding is None else rounding.encode(k, v)
             return output.flatten(0, 1).double().numpy(), present
         mask = torch.from_numpy(self.mask)
         present = None
@@ -237,11 +278,13 @@ class BlockCall:
             row, nth = row[picked], nth[picked]
         expected = {}
         for name, tensor, eager in zip(PRESENTS, exact, present, strict=True):
-            truth = tensor[row, :, nth].flatten(1).numpy()
+            truth = tensor[row, :, nth].flatten(1).double().numpy()
             got = eager[at_columns[0], :, at_columns[1]].flatten(1).double().numpy()
             whole = (self.shape.batch, tensor.shape[1], slots, tensor.shape[3])
             judged = Judged("cache", at, whole)
-            expected[name] = expected_of(self.block, truth, got, judged, loud=self.shape.loud)
+            expected[name] = expected_of(
+                self.block, truth, got, judged, loud=self.shape.loud, stored=tensor.dtype
+            )
         return expected
 
     def _outputs(self, inputs: dict[str, Array], expected: dict[str, Expected]) -> dict[str, Array]:
@@ -257,33 +300,51 @@ class BlockCall:
             past = inputs[name.replace("present", "past")]
             _, heads, earlier, width = past.shape
             whole = expected[name]
-            present: Array = np.zeros(whole.shape, dtype)
+            present: Array = np.zeros(whole.shape, past.dtype)
             if not self.interface.packs_rows:
                 present[:, :, :earlier] = past
             assert whole.at is not None
             row, slot = whole.at
-            values = whole.truth.astype(dtype).reshape(len(row), heads, width)
+            values = whole.truth.astype(past.dtype).reshape(len(row), heads, width)
             present[row, :, slot] = values
             outputs[name] = present
         return outputs
 
 
 def expected_of(
-    block: Attention, truth: Array, eager: Array, judged: Judged, *, loud: bool
+    block: Attention,
+    truth: Array,
+    eager: Array,
+    judged: Judged,
+    *,
+    loud: bool,
+    stored: torch.dtype | None = None,
 ) -> Expected | None:
-    """How close is close enough, or None when eager PyTorch itself is not finite."""
-    dtype = str(block.dtype).removeprefix("torch.")
+    """How close is close enough, or None when eager PyTorch itself is not finite.
+
+    What is stored as integers is to be those.
+    """
+    computed = str(block.dtype).removeprefix("torch.")
+    integers = stored is not None and not stored.is_floating_point
+    dtype = str(stored).removeprefix("torch.") if integers else computed
     products = max(block.hidden_size, block.num_heads * block.value_head_dim)
-    return judged.expected(truth, eager, dtype, products, loud=loud)
+    return judged.expected(
+        truth, eager, dtype, products, loud=loud and not integers, rounding=computed
+    )
 
 
 @torch.no_grad()
 def _eager_rows(block: Attention, x: Tensor, ids: Tensor | None, rows: Tensor | None) -> Tensor:
     """Run the block itself, or its attention for the sampled rows only."""
-    if rows is None:
+    rounding = block.cache_rounding
+    if rows is None and rounding is None:
         whole: Tensor = block(x, position_ids=ids)
         return whole
     q, k, v = block.heads(x, position_ids=ids)
+    if rounding is not None:
+        k, v = rounding.decode(*rounding.encode(k, v))
+    if rows is None:
+        rows = torch.arange(x.shape[1])
     length = x.shape[1]
     outputs = []
     for run in rows.split(RUN):

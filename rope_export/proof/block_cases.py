@@ -11,6 +11,7 @@ import torch
 
 from rope_export import runtime
 from rope_export.attention.block import Attention
+from rope_export.attention.random_inputs import input_gain
 from rope_export.errors import BadInputError
 from rope_export.exporting.block import BlockRequest
 from rope_export.exporting.subject import Interface
@@ -18,8 +19,7 @@ from rope_export.lowering.choice import Choice
 from rope_export.proof.arrays import from_numpy
 from rope_export.proof.block_call import BlockCall, BlockInterface, expected_of
 from rope_export.proof.block_shapes import Shape, plan_shapes, turning_point
-from rope_export.proof.draws import input_gain
-from rope_export.proof.limits import FOLLOWS_LENGTH
+from rope_export.proof.limits import FOLLOWS_LENGTH, RANDOM_SCALES
 from rope_export.proof.sensitivity import sensitivities
 from rope_export.runtime.token_places import calls_of, given_places
 from rope_export.runtime.trial import OUTPUT, Judged, Trial
@@ -71,6 +71,8 @@ class BlockCases:
         request, choice = self._request, self._choice
         longest, notes = _longest_that_fits(request, choice)
         notes += self._notes
+        if request.calibration == "random":
+            notes.append(RANDOM_SCALES)
         if request.cache and turning_point(self._block) is not None:
             notes.append(FOLLOWS_LENGTH)
         planned = plan_shapes(
@@ -159,6 +161,7 @@ def _in_calls(block: Attention, shape: Shape, whole: Trial, padding: str) -> Tri
     hidden, ids = whole.inputs["hidden_states"], whole.inputs.get("position_ids")
     at = given_places(shape.steps)
     answers = torch.zeros(hidden.shape, dtype=block.dtype)
+    loss = whole.expected[OUTPUT].bound.loss
     mask = np.zeros((shape.batch, 0), dtype=np.int64)
     past = block.empty_cache(shape.batch)
     for call in calls_of(hidden, ids, shape.steps, padding):
@@ -177,6 +180,7 @@ def _in_calls(block: Attention, shape: Shape, whole: Trial, padding: str) -> Tri
     judged = Judged("tokens", at, hidden.shape)
     expected = expected_of(block, truth[at], eager, judged, loud=False)
     assert expected is not None  # the full pass was finite
+    expected = replace(expected, bound=replace(expected.bound, loss=loss))
     return replace(whole, name=shape.name, expected={OUTPUT: expected}, steps=shape.steps)
 
 

@@ -1,4 +1,4 @@
-"""Random inputs: loud enough to make a proof sharp, and positions as callers send them."""
+"""Random positions, as callers send them, and the rows of long sequences that are looked at."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rope_export.attention.block import Attention
 from rope_export.proof.block_shapes import Shape
 from rope_export.rope.angles import COARSE_ROWS, FINE_ROWS
 from rope_export.rope.embedding import RotaryEmbedding
@@ -15,36 +14,6 @@ from rope_export.rope.embedding import RotaryEmbedding
 RUN = 16
 """Rows sampled at either end of a long sequence, and in each of the runs in between."""
 _RUNS = 14
-# Scores of this spread make a proof sharp: flat ones would hide a wrong rotation or scale.
-_SCORE_SPREAD = 2.0
-
-
-def input_gain(block: Attention, seed: int) -> float:
-    """Standard deviation of the inputs at which the scores spread by about two."""
-    x = draw(np.random.default_rng([seed, 1 << 20]), block, 1, 64, 1.0)
-    with torch.no_grad():
-        q, k, _ = block.heads(
-            x, position_ids=torch.zeros((*_axes(block), 1, 64), dtype=torch.int64)
-        )
-    groups = block.num_heads // block.num_kv_heads
-    scores = q.double() @ k.double().repeat_interleave(groups, dim=1).transpose(-1, -2)
-    spread = float((scores * block.scale).std())
-    if not spread > 0:
-        return 1.0
-    return float(np.clip((_SCORE_SPREAD / spread) ** 0.5, 1 / 16, 16))
-
-
-def _axes(block: Attention) -> tuple[int, ...]:
-    """Leading axes of position_ids."""
-    return (block.rope.axes,) if block.rope is not None and block.rope.axes > 1 else ()
-
-
-def draw(
-    rng: np.random.Generator, block: Attention, batch: int, length: int, gain: float
-) -> Tensor:
-    """Draw hidden states ``[batch, length, hidden]`` of standard deviation ``gain``."""
-    normal = rng.standard_normal((batch, length, block.hidden_size), dtype=np.float32)
-    return torch.from_numpy(normal * np.float32(gain)).to(block.dtype)
 
 
 def draw_positions(

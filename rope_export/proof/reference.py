@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rope_export.attention.block import Attention
 from rope_export.attention.norm import Norm
+from rope_export.proof.rounded_cache import Rounding
 from rope_export.rope.frequencies import Frequencies
 
 _SLICE_ELEMENTS = 1 << 22  # scores alive at once: 32 MiB
@@ -40,6 +41,7 @@ class Semantics:
         norm_eps: added to the mean square of query and key heads, or None without a norm.
         query_shift: added to the positions of queries only (0 in a correct block).
         value_roll: rolls the value heads by so many (0 in a correct block).
+        rounding: of keys and values on their way through the cache, or None.
     """
 
     num_heads: int
@@ -55,6 +57,7 @@ class Semantics:
     norm_eps: float | None = None
     query_shift: int = 0
     value_roll: int = 0
+    rounding: Rounding | None = None
 
     @classmethod
     def of(cls, block: Attention) -> Semantics:
@@ -77,6 +80,7 @@ class Semantics:
             softcap=block.softcap,
             sinks=None if block.sinks is None else block.sinks.detach().double(),
             norm_eps=None if block.q_norm is None else block.q_norm.eps,
+            rounding=Rounding.of(block),
         )
 
 
@@ -208,7 +212,7 @@ def keys_and_values(
     longest: int | None = None,
     semantics: Semantics | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Rotated keys and values in float64, as a cache holds them.
+    """Rotated keys and values in float64, as a cache of numbers holds them.
 
     Arguments as of `attention_truth`.
 
@@ -285,6 +289,8 @@ def attention_truth(
         longest=longest,
         semantics=meaning,
     )
+    if meaning.rounding is not None:
+        k, v = meaning.rounding.seen((k, v))
     of_rows = calls or rows is None
     q = queries(block, hidden_states if of_rows else hidden_states[:, picked], meaning)
     if of_rows:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+from torch import Tensor
 
 from rope_export.artifacts.comparison import errors_against
 from rope_export.attention.block import Attention
-from rope_export.proof.draws import draw, input_gain
+from rope_export.attention.random_inputs import draw, input_gain
 from rope_export.proof.reference import Semantics, attention_truth
 
 
@@ -58,6 +59,21 @@ def defects_of(meaning: Semantics, length: int) -> dict[str, Semantics]:
         defects["sinks dropped"] = replace(meaning, sinks=None)
     if meaning.norm_eps is not None:
         defects["query and key norms dropped"] = replace(meaning, norm_eps=None)
+    rounding = meaning.rounding
+    if rounding is not None:
+        keys, values = rounding.scales
+        off, rolled = (1.02 * keys, 1.02 * values), (keys.roll(1, -1), values.roll(1, -1))
+        defects["cache scales 2 % off"] = _scaled(meaning, off)
+        if meaning.num_kv_heads * keys.shape[-1] > 1:
+            defects["cache scales of the channel before"] = _scaled(meaning, rolled)
+        if keys.shape == values.shape:
+            defects["cache scales exchanged"] = _scaled(meaning, (values, keys))
     if meaning.num_kv_heads > 1:
         defects["value heads rolled"] = replace(meaning, value_roll=1)
     return defects
+
+
+def _scaled(meaning: Semantics, scales: tuple[Tensor, Tensor]) -> Semantics:
+    """Integers that are right, taken for what they would be with other scales."""
+    assert meaning.rounding is not None
+    return replace(meaning, rounding=replace(meaning.rounding, read_by=scales))

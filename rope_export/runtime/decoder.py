@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,11 @@ class Decoder:
     def lengths(self) -> tuple[int, ...]:
         """Tokens in each row's cache."""
         return tuple(int(n) for n in self._lengths)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the keys and values of all rows and layers take now."""
+        return sum(math.prod(value.shape()) * self._cache_dtype.itemsize for value in self._buffers)
 
     def state(self) -> State:
         """The tokens added so far, to go back to with `restore`."""
@@ -386,6 +392,7 @@ def _dtype(name: str) -> np.dtype[Any]:
             "tensor(float16)": np.float16,
             "tensor(int64)": np.int64,
             "tensor(int32)": np.int32,
+            "tensor(int8)": np.int8,
             "tensor(uint8)": np.uint8,
             "tensor(bool)": np.bool_,
         }[name]

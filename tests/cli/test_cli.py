@@ -370,3 +370,43 @@ def without_cuda() -> str:
     reason = runtime.unavailable_reason("cuda")
     assert reason is not None, "run the tests of missing CUDA on a machine without it"
     return " ".join(reason.split())
+
+
+def test_a_cache_of_integers_is_said_with_what_it_costs(cli_here):
+    result = cli_here(*BLOCK, "--cache", "--cache-dtype", "int4", "--target", "primitive")
+    assert result.returncode == 0, result.stderr
+    # Two heads of sixteen, keys and values.
+    assert "cache        int4, 32 bytes a token (in float32 256)" in result.stdout
+    assert "loss         the integer cache changes the output by " in result.stdout
+    assert "note         the scales of the cache were chosen by random" in result.stdout
+    replayed = cli_here("validate", "exported/block", "--json")
+    assert replayed.returncode == 0, replayed.stderr
+    cases = json.loads(replayed.stdout)["cases"]
+    assert all(("loss" in case) == (case["tensor"] == "output") for case in cases)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--cache-dtype", "int8"), "--cache-dtype int8 needs --cache, got it without"),
+        (
+            ("--cache", "--cache-dtype", "int8", "--dtype", "float16"),
+            "--cache-dtype needs float32 weights, got float16",
+        ),
+        (
+            ("--cache", "--cache-dtype", "int4", "--head-dim", "15", "--rotary-dim", "8"),
+            "--head-dim must be even with --cache-dtype int4, two channels to a byte, got 15",
+        ),
+    ],
+)
+def test_a_cache_of_integers_that_cannot_be_is_refused(cli_here, tmp_path, options, said):
+    result = cli_here(*BLOCK, *options)
+    assert result.returncode == 2
+    assert said in error_line(result)
+    assert not (tmp_path / "exported").exists()
+
+
+def test_no_other_integers_are_offered(cli_here):
+    result = cli_here(*BLOCK, "--cache", "--cache-dtype", "int2")
+    assert result.returncode == 2
+    assert "'int8', 'int4'" in error_line(result)

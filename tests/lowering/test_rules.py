@@ -56,6 +56,11 @@ REASON = {
     "prompts over {} instead, rotated first",
     "masked": "MultiHeadAttention would need a mask of its own making for {}; Attention takes",
     "cap": "MultiHeadAttention has no soft cap",
+    **{
+        f"integers {step}": "GroupQueryAttention with a cache of the window needs head_dim to be a "
+        f"multiple of {step} for integers of {bits} bits, got {{}}"
+        for bits, step in ((8, 16), (4, 32))
+    },
     "sinks of mha": "MultiHeadAttention has no sinks",
     "linear": "MultiHeadAttention on the CPU provider has a memory-linear kernel only when not",
     "mha on cuda": "MultiHeadAttention on CUDA needs cuDNN, and computes all scores",
@@ -63,11 +68,21 @@ REASON = {
     "half on cpu": "Attention on the CPU rounds its float16 scores to float16",
     "keeps all": "GroupQueryAttention has no cache of the window only (before onnxruntime 1.29; "
     "the graph is made for {})",
+    "no integers": "GroupQueryAttention has no cache of integers (before onnxruntime 1.27; the "
+    "graph is made for {})",
     "capped": "Attention caps the scores of hidden keys too, which then count (before onnxruntime "
     "1.27; the graph is made for {})",
 }
 CACHE = {"cache": True, "mask": True}
 LEFT = {"padding": "left"}
+INTEGERS = {"cache_bits": 8, "dtype": "float32"}
+
+WINDOW_CACHE = {"window": 512, "window_cache": True}
+
+
+def width_of(heads):
+    return {"head_dim": heads, "rotary_dim": 16, "value_head_dim": heads}
+
 
 # What differs from BEST, the form, and the reason for each better form in turn.
 CPU = [
@@ -92,6 +107,25 @@ CPU = [
     (CACHE | LEFT, "gqa_rotating", []),
     (CACHE | {"implied_positions": False}, "gqa", [("positions", "")]),
     ({"softcap": True, "sinks": True}, "gqa_rotating", []),
+    # The kernel for a cache of integers is another; it has no blocks beside it.
+    (CACHE | INTEGERS, "gqa_rotating", []),
+    (CACHE | INTEGERS | {"window": 128}, "gqa_rotating", []),
+    (
+        CACHE | INTEGERS | {"head_dim": 12, "rotary_dim": 12},
+        "attention",
+        [("8", "12"), ("8", "12"), ("masked", "a past and padding")],
+    ),
+    *(
+        (
+            CACHE | INTEGERS | WINDOW_CACHE | {"cache_bits": bits} | width_of(wrong),
+            "attention",
+            [(f"integers {step}", str(wrong))] * 2
+            + [("masked", "a past and padding and a window")],
+        )
+        for bits, step, wrong in ((8, 16, 24), (4, 32, 48))
+    ),
+    (CACHE | INTEGERS | WINDOW_CACHE | width_of(48), "gqa_rotating", []),
+    (CACHE | INTEGERS | WINDOW_CACHE | {"cache_bits": 4} | width_of(96), "gqa_rotating", []),
     # A window is worth its blocks where the longest prompt has more than four of them.
     ({"window": 1024}, "gqa_rotating", []),
     ({"window": 1023}, "gqa", [("blocks", "4092 tokens run in blocks of 1023")]),
@@ -192,6 +226,14 @@ CUDA = [
     # Its kernel computes windows only: no blocks.
     (CACHE | LEFT | {"window": 128, "softcap": True, "sinks": True}, "gqa_rotating", []),
     ({"dtype": "float32"}, "attention", [("float32 on cuda", "")] * 2 + [("mha on cuda", "")]),
+    *(
+        (
+            CACHE | INTEGERS | {"cache_bits": bits},
+            "attention",
+            [("float32 on cuda", "")] * 2 + [("masked", "a past and padding")],
+        )
+        for bits in (8, 4)
+    ),
     (
         CACHE | {"dtype": "float32"},
         "attention",
@@ -373,6 +415,7 @@ def test_bfloat16_on_the_cpu_is_refused_with_the_reason(target, providers):
         ("ort", "cpu", {"causal": False, "sinks": True}, 0.0),
         ("ort", "cpu", {"causal": False, "sinks": True, "longest": 256}, 2.0),
         ("ort", "cpu", {"window": 512, "dtype": "float32"} | CACHE, 0.0),
+        ("ort", "cpu", CACHE | INTEGERS, 0.0),
         # Of blocks there is only one at a time.
         ("ort", "cpu", {"window": 512} | CACHE, 0.0),
         ("ort", "cuda", {"sinks": True}, 0.0),
@@ -423,6 +466,7 @@ def test_the_copies_of_the_scores_are_known(target, provider, changes, copies):
         ("ort", {"dtype": "float32", "softcap": True, "causal": False}, "1.30", "gqa", "attention"),
         ("ort", {"causal": False, "sinks": True}, "1.30", "gqa", "decomposed"),
         ("ort", {"causal": False, "window": 128}, "1.30", "gqa", "attention_in_float32"),
+        ("ort", CACHE | INTEGERS | {"sinks": True}, "1.27", "gqa_rotating", "decomposed"),
         # Nothing is hidden from anyone.
         ("onnx", {"dtype": "float32", "softcap": True, "causal": False}, None, "attention", ""),
         ("ort", {"softcap": True, "sinks": True} | CACHE, None, "gqa_rotating", ""),
@@ -445,6 +489,7 @@ def test_a_form_that_needs_a_later_onnxruntime_is_passed_over(
         assert earlier.onnxruntime is None
         why = "capped" if target == "onnx" or "softcap" in changes else "keeps all"
         why = "always causal" if before == "1.30" else why
+        why = "no integers" if "cache_bits" in changes else why
         assert REASON[why].format(version) in earlier.reasons
 
 
@@ -535,6 +580,9 @@ STEPS = [
     {"mask": True},
     {"padding": "left"},
     CACHE,
+    CACHE | {"cache_bits": 8},
+    CACHE | {"cache_bits": 8, "onnxruntime": "1.26"},
+    CACHE | {"cache_bits": 4, "window": 512, "window_cache": True},
 ]
 
 
@@ -568,7 +616,8 @@ def test_every_form_is_reached_and_a_better_one_never_left(target):
 @pytest.mark.parametrize("providers", [("cpu",), ("cuda",), ("cpu", "cuda")], ids=str)
 def test_no_form_is_left_for_blocks_that_are_not_computed(providers):
     for situation in every_situation():
-        if situation.provider != "cpu" or situation.dtype == "bfloat16":
+        refused = situation.cache_bits and situation.dtype != "float32"
+        if situation.provider != "cpu" or situation.dtype == "bfloat16" or refused:
             continue
         choice = choose("ort", [replace(situation, provider=provider) for provider in providers])
         promised = re.findall(r"run in blocks of (\d+)", " ".join(choice.reasons))
@@ -603,6 +652,7 @@ def test_a_preference_is_no_inability(target):
 
 # What reasons name beside the fields of a situation.
 DERIVED = {
+    "integer_step": lambda s: {8: 16, 4: 32}[s.cache_bits],
     "window_block": lambda s: max(s.window, 128),
     "long_prompt": lambda s: 4 * max(s.window, 128),
     "query_block": lambda s: 256 if not s.window else min(512, max(128, s.window // 2)),

@@ -278,7 +278,8 @@ def test_a_stated_defect_is_evaluated_and_seen(defect):
 
 
 def test_every_field_of_the_semantics_has_a_defect_or_is_a_shape():
-    shapes = {"num_heads", "num_kv_heads", "decay", "norm_eps"}  # xPos and norms: elsewhere
+    # xPos, norms and caches of integers: elsewhere.
+    shapes = {"num_heads", "num_kv_heads", "decay", "norm_eps", "rounding"}
     stated = {name for defect in DEFECTS.values() for name in defect}
     assert stated | shapes == set(Semantics.__dataclass_fields__)
 
