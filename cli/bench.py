@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rope_export.bench import Results
 
 _CONTENDERS = ("eager", "compile", "plain", "ort", "onnx", "primitive")
+_OF_INTEGERS = ("ort-int8-cache", "ort-int4-cache")
 _OF_AN_ARTIFACT = ("eager", "compile", "plain", "artifact")
 _NAMES = PARAMETERS | {
     "lengths": "--seq",
@@ -86,7 +87,8 @@ Examples:
     "--only",
     default=None,
     metavar="NAME,NAME,…",
-    help=f"Contenders, of {', '.join(_CONTENDERS)} and the peers.  [default: all but the peers]",
+    help=f"Contenders, of {', '.join(_CONTENDERS)}, {', '.join(_OF_INTEGERS)} (their error is what "
+    f"the integers cost, and not judged) and the peers.  [default: {', '.join(_CONTENDERS)}]",
 )
 @click.option(
     "--peers",

@@ -15,7 +15,15 @@ import numpy.typing as npt
 from rope_export import runtime
 from rope_export.bench.limits import COPY, MATMUL, copied_bytes, matmul_flops
 from rope_export.bench.results import Measurement, Results
-from rope_export.bench.steps import BLOCK, FACTS, OURS, ROWS, TOKENS, eager_decoding
+from rope_export.bench.steps import (
+    BLOCK,
+    FACTS,
+    INTEGERS,
+    OURS,
+    ROWS,
+    TOKENS,
+    eager_decoding,
+)
 from rope_export.bench.turns import Contender, Job, TurnError, at_a_time
 from rope_export.errors import BadInputError, RopeExportError
 
@@ -54,7 +62,9 @@ def measure(
         block: what is measured.
         lengths: of sequences, in tokens; the block must serve them.
         phases: ``"prefill"``: all tokens are new; ``"decode"``: all but the last are in the cache.
-        contenders: some of `CONTENDERS`, of ``peers.NAMES`` and of those given.
+        contenders: some of `CONTENDERS`, of ``ort-int8-cache`` and ``ort-int4-cache``, of
+            ``peers.NAMES`` and of those given. What a cache of integers changes in the answer is
+            shown as its error and is not judged.
         provider: where everything runs: ``"cpu"`` or ``"cuda"``.
         batch: rows.
         rounds: steps timed of each contender, after one that warms it up.
@@ -73,8 +83,9 @@ def measure(
     from rope_export.bench import peers
 
     given = given or {}
-    own = (*OURS, *(name.removesuffix("-cache") for name in given))
-    known = dict.fromkeys((*CONTENDERS, *peers.NAMES, *own))
+    own = [*OURS, *(n.removesuffix("-cache") for n in given if not _holds_integers(given[n]))]
+    others = [name.removesuffix("-cache") for name in given]
+    known = dict.fromkeys((*CONTENDERS, *INTEGERS, *peers.NAMES, *others))
     _check(block, lengths, phases, tuple(known), contenders)
     runtime.require(provider)
     longest = max(lengths)
@@ -219,6 +230,14 @@ def _prepared(
     try:
         if name in OURS:
             export(block, folder / key, target=name, providers=[provider], cache=phase == "decode")
+        elif name in INTEGERS:  # one graph, for prompts too
+            if not (folder / cached).exists():
+                integers: dict[str, Any] = {
+                    "cache": True,
+                    "cache_dtype": INTEGERS[name],
+                    "providers": [provider],
+                }
+                export(block, folder / cached, **integers)
         elif name == "plain":
             _export_plainly(block, folder / key, cache=phase == "decode")
         elif name in peers.NAMES:
@@ -228,6 +247,14 @@ def _prepared(
             return str(error)
         return f"cannot be exported: {_first_line(error)}"
     return None
+
+
+def _holds_integers(folder: Path) -> bool:
+    """Whether an artifact's cache does: its answers are then not those of the block itself."""
+    from rope_export.artifacts.artifact import Artifact
+
+    layout = Artifact.read(folder, verify=False).cache
+    return layout is not None and layout.dtype is not None
 
 
 def _export_plainly(block: Attention, folder: Path, *, cache: bool) -> None:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Array = npt.NDArray[Any]
 
 OURS = ("ort", "onnx", "primitive")
+INTEGERS = {"ort-int8-cache": "int8", "ort-int4-cache": "int4"}
+"""Target ort with a cache of integers: what is exported for them, and what its dtype is."""
 GIVEN = "artifact"
 BLOCK, TOKENS, FACTS = "block.pt", "tokens.npy", "facts.json"
 # Tokens that are compared with float64 truth: the last ones, which have seen the most.
@@ -274,5 +276,5 @@ STEPS: dict[str, Callable[[Job], Step]] = {
     "eager": _eager,
     "compile": _compiled,
     "plain": _plain,
-    **dict.fromkeys((*OURS, GIVEN), _ours),
+    **dict.fromkeys((*OURS, *INTEGERS, GIVEN), _ours),
 }
