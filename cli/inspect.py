@@ -343,6 +343,8 @@ def _attention(use: AttentionUse) -> str:
     if use.window is not None:
         kept = ", of which alone the cache holds keys and values" if use.window_cache else ""
         parts.append(f"window {use.window}{kept}")
+    if use.cache_bits is not None:
+        parts.append(f"keys and values cached as integers of {use.cache_bits} bits")
     scores = {
         "always": "a score for every pair of tokens is in memory",
         "on cpu": "a score for every pair of tokens is in memory on onnxruntime's CPU provider",
@@ -361,7 +363,7 @@ def _cache(report: ModelReport) -> str:
         ", ".join(names) if len(names) <= 2 else f"{names[0]} … {names[-1]} ({len(names)})"
         for names in (cache.inputs, cache.outputs)
     )
-    return f"{layers}: {past} {_axes(cache.axes)} -> {present or 'nothing'}"
+    return f"{layers}: {past} {cache.dtype} {_axes(cache.axes)} -> {present or 'nothing'}"
 
 
 def _external(file: ExternalFile) -> str:

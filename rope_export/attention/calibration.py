@@ -20,8 +20,8 @@ RANDOM_TOKENS = 4096
 _AT_ONCE = 4096
 
 
-def with_rounded_cache(block: Attention, rounding: CacheRounding) -> Attention:
-    """The same block, its parameters shared, with a cache of integers."""
+def with_rounded_cache(block: Attention, rounding: CacheRounding | None) -> Attention:
+    """The same block, its parameters shared, with a cache of integers, or None: of numbers."""
     rounded = copy.copy(block)
     rounded._modules = dict(block._modules)
     rounded.cache_rounding = rounding

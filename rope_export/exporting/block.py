@@ -56,6 +56,7 @@ class BlockRequest:
         padding: the side on which prompts are padded.
         form: name of the form taken, or None: the best one that is legal.
         onnxruntime: the oldest one the graph is to run in.
+        cache_dtype: of the integers that keys and values are stored as, or None: they are not.
         calibration: what the scales of a cache of integers were chosen by, "given" or "random"
             inputs, or None: it holds numbers.
     """
@@ -74,6 +75,7 @@ class BlockRequest:
     padding: str = "right"
     form: str | None = None
     onnxruntime: str = since.NEWEST
+    cache_dtype: str | None = None
     calibration: str | None = None
 
     graph_name = "attention"
@@ -181,6 +183,7 @@ class BlockRequest:
             padding,
             form,
             onnxruntime,
+            cache_dtype,
             None if rounding is None else "random" if calibration is None else "given",
         )
         request.choose()
@@ -362,7 +365,10 @@ class BlockRequest:
     def describe(self, signature: Signature) -> dict[str, Any]:
         """Block and request, as ``config.json`` has them."""
         del signature
-        return {"block": describe_block(self.block), "export": self.to_json()}
+        content = self.to_json()
+        rounding = content.pop("cache_rounding")
+        described = {"block": describe_block(self.block), "export": content}
+        return described if rounding is None else {**described, "cache_rounding": rounding}
 
 
 def _keeping(block: Attention, cache: bool | str) -> Attention:

@@ -31,6 +31,7 @@ class AttentionUse:
         kv_heads: key and value heads, likewise.
         window: sliding window, likewise.
         window_cache: whether its cache holds the window only.
+        cache_bits: of the integers its cache holds, or None: it holds none, as far as stated.
         scores: whether a score for every pair of tokens is in memory: ``"always"``,
             ``"on cpu"``: on onnxruntime's CPU provider, or ``"never"``; None: unknown.
     """
@@ -41,6 +42,7 @@ class AttentionUse:
     kv_heads: int | None = None
     window: int | None = None
     window_cache: bool = False
+    cache_bits: int | None = None
     scores: str | None = None
 
 
@@ -144,6 +146,7 @@ def _fused(name: str, node: ir.Node, *, in_parts: bool) -> AttentionUse:
         kv_heads=values.integer(node, "kv_num_heads"),
         window=window if window > 0 else None,
         window_cache=values.integer(node, "sliding_window_cache", 0) == 1,
+        cache_bits=values.integer(node, "kv_cache_bit_width") or None,
         scores=scores,
     )
 

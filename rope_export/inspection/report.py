@@ -60,12 +60,14 @@ class Cache:
         inputs: names of the past.
         outputs: names of the present.
         axes: of the first input.
+        dtype: likewise.
     """
 
     layers: int
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     axes: tuple[int | str, ...] | None
+    dtype: str = ""
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,7 @@ def _cache(
     }
 
     def cached(each: Interface) -> bool:
-        whole = each.dtype.startswith("int") or each.dtype in ("bool", "string")
+        whole = each.dtype in ("int16", "int32", "int64", "bool", "string")
         ranked = each.axes is None or len(each.axes) >= 3
         return each.name in wired or (bool(_CACHED.search(each.name)) and ranked and not whole)
 
@@ -232,7 +234,8 @@ def _cache(
     present = tuple(each.name for each in outputs if cached(each))
     numbers = {tuple(re.findall(r"\d+", each.name)) for each in past}
     layers = len(numbers) if len(numbers) > 1 else math.ceil(len(past) / 2)
-    return Cache(layers, tuple(each.name for each in past), present, past[0].axes)
+    names = tuple(each.name for each in past)
+    return Cache(layers, names, present, past[0].axes, past[0].dtype)
 
 
 def _notes(report: ModelReport) -> Iterator[str]:

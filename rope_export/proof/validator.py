@@ -87,7 +87,8 @@ def _request(
                 f"the artifact at {artifact.path} is {exported['dtype']}, the block given is "
                 f"{dtype}"
             )
-        return BlockRequest.from_json(exported, module)
+        scales = {"cache_rounding": artifact.config.get("cache_rounding")}
+        return BlockRequest.from_json(exported | scales, module)
     if args is None and kwargs is None:
         raise BadInputError(
             f"args must be example inputs of {type(module).__name__}, as given to export, got None"

@@ -21,6 +21,7 @@ from rope_export import Attention, Report, export, replay, validate
 from rope_export.artifacts.files import sha256
 from rope_export.artifacts.targets import TARGETS
 from rope_export.attention.random_block import random_block
+from rope_export.inspection.report import inspect_model
 from rope_export.proof.reference import attention_truth
 from rope_export.runtime import Decoder
 
@@ -235,6 +236,17 @@ def test_other_blocks_pass(variant, target, dtype, tmp_path):
         **{"cache": True, **options},
     ).report
     assert report.passed, [(c.name, c.tensor, c.reason) for c in report.cases if not c.passed]
+
+
+def test_inspect_says_what_the_cache_holds(exports, graph):
+    target, dtype = graph
+    report = inspect_model(exports.get(target, dtype) / "model.onnx")
+    assert report.cache is not None
+    assert report.cache.inputs == ("past_key", "past_value")
+    assert report.cache.outputs == ("present_key", "present_value")
+    assert report.cache.dtype == {"int8": "int8", "int4": "uint8"}[dtype]
+    bits = {use.cache_bits for use in report.attention}
+    assert bits == ({8 if dtype == "int8" else 4} if target == "ort" else {None})
 
 
 def test_calibration_of_the_callers_is_used_and_not_called_random(tmp_path):
