@@ -185,6 +185,28 @@ def test_a_cache_of_transformers_decodes_the_same_token():
     assert measured.rel_error < 1e-5
 
 
+def test_the_error_of_integers_in_the_cache_is_shown_and_not_judged():
+    """In both phases by the graph with a cache, which serves prompts too."""
+    found = bench.measure(
+        mutants.block(), (33,), contenders=("ort-int8-cache",), rounds=1, limits=False
+    )
+    assert [m.phase for m in found.measurements] == ["prefill", "decode"]
+    for measured in found.measurements:
+        assert measured.failed is None
+        assert 1e-4 < measured.rel_error < 0.1
+        assert measured.allowed_error is None
+    assert found.passed
+
+
+@pytest.mark.slow
+def test_blocks_with_integers_in_their_caches_race_by_their_graphs(tmp_path):
+    block = mutants.block()
+    report = export(block, tmp_path / "x", target="auto", cache=True, cache_dtype="int8").report
+    assert report.passed
+    timed = [runner for runner in report.graph["race"] if runner["out"] is None]
+    assert {"ort", "onnx", "primitive"} == {runner["target"] for runner in timed}
+
+
 @pytest.mark.parametrize(
     ("variant", "says"),
     [
