@@ -43,8 +43,11 @@ class BidirectionalCalls(Subgraphs):
         self.block = attributes.pop("block").as_int()
         self.longest_whole = attributes.pop("longest_whole").as_int()
         self.window = attributes.pop("window").as_int()
-        self.attributes = attributes
+        self.kv_heads = attributes["kv_num_heads"].as_int()
         self.heads = attributes["num_heads"].as_int()
+        if not self.block:
+            attributes.pop("kv_num_heads")
+        self.attributes = attributes
         output = node.outputs[0]
         assert output.shape is not None
         width = output.shape[2]
@@ -66,6 +69,8 @@ class BidirectionalCalls(Subgraphs):
             *whole, tokens = entries
             end = inner.op("Reshape", [tokens, self._constant(-1, 1)])
             cut = [inner.op("Slice", [x, first, end, axis]) for x in whole]
+            if self.kv_heads < self.heads:
+                cut[1:] = [self._for_each_head(inner, x) for x in cut[1:]]
             rows = [inner.op("Unsqueeze", [x, axis]) for x in cut]
             context = inner.op(
                 "MultiHeadAttention", rows, self.attributes, domain="com.microsoft", version=1
@@ -78,6 +83,13 @@ class BidirectionalCalls(Subgraphs):
 
         assert self.lengths is not None
         return [self._each(tape, "row", self.whole, row, integers=[self.lengths])]
+
+    def _for_each_head(self, tape: Tape, x: ir.Value) -> ir.Value:
+        """Keys or values of a row for each query head: MultiHeadAttention has no grouped heads."""
+        groups = self.heads // self.kv_heads
+        heads = tape.op("Reshape", [x, self._constant([0, self.kv_heads, 1, -1])])
+        heads = tape.op("Expand", [heads, self._constant([1, 1, groups, 1])])
+        return tape.op("Flatten", [heads])
 
     def _one_call(self, tape: Tape) -> Sequence[ir.Value]:
         length = self._size(tape, 1, 1)
@@ -160,8 +172,7 @@ class BidirectionalCalls(Subgraphs):
 
     def _heads(self, tape: Tape, x: ir.Value, batch: ir.Value, missing: ir.Value) -> ir.Value:
         """Keys or values as a past, ``[B, kv_heads, T, head_dim]``, with a window at either end."""
-        kv_heads = self.attributes["kv_num_heads"].as_int()
-        shape = self._constant([-1, kv_heads, self.width // self.heads])
+        shape = self._constant([-1, self.kv_heads, self.width // self.heads])
         heads = tape.op("Reshape", [x, tape.op("Concat", [batch, shape], {"axis": 0})])
         heads = tape.op("Transpose", [heads], {"perm": [0, 2, 1, 3]})
         if not self.window:
@@ -214,7 +225,7 @@ class BidirectionalCalls(Subgraphs):
 
     def _no_tokens(self) -> ir.Value:
         kind = self._kind()
-        width = self.attributes["kv_num_heads"].as_int() * (self.width // self.heads)
+        width = self.kv_heads * (self.width // self.heads)
         return self._initializer(f"no_tokens_{kind}_{width}", np.zeros((1, 0, width), dtype=kind))
 
     def _kind(self) -> np.dtype[Any]:

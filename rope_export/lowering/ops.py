@@ -373,7 +373,7 @@ def bidirectional_attention(
         k: ``[B, S, num_kv_heads * head_dim]``.
         v: ``[B, S, num_kv_heads * value_head_dim]``.
         num_heads: query heads.
-        num_kv_heads: key and value heads; as many as query heads without ``block``.
+        num_kv_heads: key and value heads.
         value_head_dim: width of one value head; that of the others with ``block``.
         scale: factor on the scores.
         lengths: tokens of each row, at least 1, int64 ``[B]``; None: all. They come first.
@@ -388,13 +388,12 @@ def bidirectional_attention(
     """
     attributes: Attributes = {
         "num_heads": num_heads,
+        "kv_num_heads": num_kv_heads,
         "scale": scale,
         "block": block,
         "longest_whole": longest_whole,
         "window": window or 0,
     }
-    if block:
-        attributes["kv_num_heads"] = num_kv_heads
     if softcap is not None:
         attributes["softcap"] = softcap
     inputs: list[Tensor | None] = [q, k, v, lengths, sinks]

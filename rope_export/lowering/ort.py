@@ -110,8 +110,6 @@ def _bidirectional(block: Attention, tokens: Tokens, choice: Choice) -> Tensor:
         hidden_states, position_ids, slots = packing.pack(tokens)
         lengths = packing.lengths(tokens.attention_mask)
     q, k, v = onnx.rotated_projections(block, hidden_states, position_ids)
-    if choice.cut_rows:
-        k, v = _for_each_head(block, k, v)
     context = ops.bidirectional_attention(
         q,
         k,
@@ -132,17 +130,10 @@ def _bidirectional(block: Attention, tokens: Tokens, choice: Choice) -> Tensor:
     return context
 
 
-def _for_each_head(block: Attention, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Keys and values for each query head: MultiHeadAttention has no grouped heads."""
-    if block.num_heads == block.num_kv_heads:
-        return k, v
-    k, v = (onnx.repeated_heads(t, block.num_kv_heads, block.num_heads) for t in (k, v))
-    return k, v
-
-
 def _mha(block: Attention, tokens: Tokens) -> Tensor:
     q, k, v = onnx.rotated_projections(block, tokens.hidden_states, tokens.position_ids)
-    k, v = _for_each_head(block, k, v)
+    if block.num_heads > block.num_kv_heads:  # the operator has no grouped heads
+        k, v = (onnx.repeated_heads(t, block.num_kv_heads, block.num_heads) for t in (k, v))
     return ops.multi_head_attention(
         q,
         k,
