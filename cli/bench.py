@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _CONTENDERS = ("eager", "compile", "plain", "ort", "onnx", "primitive")
 _OF_INTEGERS = ("ort-int8-cache", "ort-int4-cache")
+_BY_WINDOW = "ort-window-cache"
 _OF_AN_ARTIFACT = ("eager", "compile", "plain", "artifact")
 _NAMES = PARAMETERS | {
     "lengths": "--seq",
@@ -87,8 +88,9 @@ Examples:
     "--only",
     default=None,
     metavar="NAME,NAME,…",
-    help=f"Contenders, of {', '.join(_CONTENDERS)}, {', '.join(_OF_INTEGERS)} (their error is what "
-    f"the integers cost, and not judged) and the peers.  [default: {', '.join(_CONTENDERS)}]",
+    help=f"Contenders, of {', '.join(_CONTENDERS)}, {_BY_WINDOW} (of blocks with a window), "
+    f"{', '.join(_OF_INTEGERS)} (their error is what the integers cost, and not judged) and the "
+    f"peers.  [default: {', '.join(_CONTENDERS)}, and with a window {_BY_WINDOW}]",
 )
 @click.option(
     "--peers",
@@ -166,6 +168,8 @@ def bench(
         if widened:
             click.echo(f"note: {widened}", err=True)
         block = source.make(max(lengths), seed, dtype="float32" if widened else None)
+    if only is None and artifact is None and block.window is not None and block.causal:
+        names = (*names, _BY_WINDOW)
     dtype = str(block.dtype).removeprefix("torch.")
     chosen = phases or measuring.PHASES
     cases = len(lengths) * len(chosen)

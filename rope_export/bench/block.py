@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from rope_export.bench.limits import COPY, MATMUL, copied_bytes, matmul_flops
 from rope_export.bench.results import Measurement, Results
 from rope_export.bench.steps import (
     BLOCK,
+    BY_WINDOW,
     FACTS,
     INTEGERS,
     OURS,
@@ -62,9 +64,10 @@ def measure(
         block: what is measured.
         lengths: of sequences, in tokens; the block must serve them.
         phases: ``"prefill"``: all tokens are new; ``"decode"``: all but the last are in the cache.
-        contenders: some of `CONTENDERS`, of ``ort-int8-cache`` and ``ort-int4-cache``, of
-            ``peers.NAMES`` and of those given. What a cache of integers changes in the answer is
-            shown as its error and is not judged.
+        contenders: some of `CONTENDERS`, of ``ort-window-cache`` (target ``ort``, with a cache of
+            the window only), of ``ort-int8-cache`` and ``ort-int4-cache``, of ``peers.NAMES``
+            and of those given. What a cache of integers changes in the answer is shown as its error
+            and is not judged.
         provider: where everything runs: ``"cpu"`` or ``"cuda"``.
         batch: rows.
         rounds: steps timed of each contender, after one that warms it up.
@@ -83,9 +86,12 @@ def measure(
     from rope_export.bench import peers
 
     given = given or {}
+    if block.window_cache:  # for PyTorch it is the same block, and targets are told
+        block = copy.copy(block)
+        block.window_cache = False
     own = [*OURS, *(n.removesuffix("-cache") for n in given if not _holds_integers(given[n]))]
     others = [name.removesuffix("-cache") for name in given]
-    known = dict.fromkeys((*CONTENDERS, *INTEGERS, *peers.NAMES, *others))
+    known = dict.fromkeys((*CONTENDERS, BY_WINDOW, *INTEGERS, *peers.NAMES, *others))
     _check(block, lengths, phases, tuple(known), contenders)
     runtime.require(provider)
     longest = max(lengths)
@@ -228,7 +234,11 @@ def _prepared(
             (folder / key).symlink_to(given[key].resolve())
         return None
     try:
-        if name in OURS:
+        if name == BY_WINDOW:  # of which a prompt is served as well
+            key = cached
+            if not (folder / key).exists():
+                export(block, folder / key, target="ort", providers=[provider], cache="window")
+        elif name in OURS:
             export(block, folder / key, target=name, providers=[provider], cache=phase == "decode")
         elif name in INTEGERS:  # one graph, for prompts too
             if not (folder / cached).exists():

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[Any]
 
-OURS = ("ort", "onnx", "primitive")
+BY_WINDOW = "ort-window-cache"  # target ort with a cache of the window only
+OURS = ("ort", "onnx", "primitive", BY_WINDOW)
 INTEGERS = {"ort-int8-cache": "int8", "ort-int4-cache": "int4"}
 """Target ort with a cache of integers: what is exported for them, and what its dtype is."""
 GIVEN = "artifact"
@@ -216,8 +217,17 @@ def _ours(job: Job) -> Step:
         capacity=job.length,
         cuda_graph=_is_captured(job, folder / f"{job.contender}-cache"),
     )
-    run = _prefilling(decoder, tokens) if job.phase == "prefill" else _decoding(decoder, tokens)
-    return Step(run, lambda output: answered(job, np.asarray(output)), device_memory(job.provider))
+    before = None
+    if job.phase == "prefill":
+        run = _prefilling(decoder, tokens)
+    else:
+        run, before = _decoding(decoder, tokens)
+    return Step(
+        run,
+        lambda output: answered(job, np.asarray(output)),
+        device_memory(job.provider),
+        before=before,
+    )
 
 
 def _chunks(tokens: Array) -> list[slice]:
@@ -254,8 +264,10 @@ def _prefilling(decoder: Decoder, tokens: Array) -> Callable[[], Array]:
     return step
 
 
-def _decoding(decoder: Decoder, tokens: Array) -> Callable[[], Array]:
-    """One token at the same place, as often as it is called."""
+def _decoding(
+    decoder: Decoder, tokens: Array
+) -> tuple[Callable[[], Array], Callable[[], None] | None]:
+    """One token, and what takes it back where that takes time of its own."""
     past, new = tokens[:, :-1], tokens[:, -1:]
     place = _positions(decoder, len(tokens), past.shape[1], 1)
     one_call = decoder.layout.packs_rows and not decoder.layout.by_rows
@@ -263,13 +275,15 @@ def _decoding(decoder: Decoder, tokens: Array) -> Callable[[], Array]:
         part = past[:, chunk]
         places = _positions(decoder, len(tokens), chunk.start, part.shape[1])
         decoder.prefill(part, position_ids=places)
-    state = decoder.state()
+    state = decoder.state(windows=True)
+    if decoder.layout.windows:  # tokens that it pushes out are put back
+        return lambda: decoder.decode(new, position_ids=place), lambda: decoder.restore(state)
 
     def step() -> Array:
         decoder.restore(state)
         return decoder.decode(new, position_ids=place)
 
-    return step
+    return step, None
 
 
 STEPS: dict[str, Callable[[Job], Step]] = {

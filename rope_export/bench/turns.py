@@ -50,12 +50,14 @@ class Step:
         answer: what a step gave, of the last tokens, ``[batch, tokens, width]``.
         device_memory: bytes taken on the device so far, where that is not the process's memory.
         kept: what must live as long as the step.
+        before: what makes the next step the same, outside of what is timed.
     """
 
     run: Callable[[], object]
     answer: Callable[[object], Array]
     device_memory: Callable[[], int] | None = None
     kept: object = None
+    before: Callable[[], None] | None = None
 
 
 class TurnError(Exception):

@@ -55,6 +55,8 @@ def _step(job: Job) -> Step:
 
 def _first(step: Step, file: Path) -> dict[str, Any]:
     on_device = step.device_memory() if step.device_memory is not None else 0
+    if step.before is not None:
+        step.before()
     before, peak = _memory_counted_anew()
     result = step.run()
     extra = step.device_memory() - on_device if step.device_memory is not None else peak() - before
@@ -66,6 +68,8 @@ def _seconds(step: Step) -> dict[str, Any]:
     """One step among others of its kind: short ones find threads awake and caches warm."""
     time.sleep(_REST_SECONDS)
     for turn in range(_WARM_STEPS + 1):
+        if step.before is not None:
+            step.before()
         start = time.perf_counter()
         step.run()
         taken = time.perf_counter() - start

@@ -34,7 +34,7 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
     if choice.window_cache and mask is not None and tokens.past is not None:
         counts = (new_tokens.last(tokens, mask) != 0).to(torch.int64).sum(-1)
         if not choice.one_length:  # else padding counts as tokens, and is no number
-            total_tokens = (mask != 0).to(torch.int64).sum(-1)
+            total_tokens = mask.sum(-1)
     if choice.one_length and mask is not None:
         hidden_states = packing.refuse_padding(hidden_states, new_tokens.last(tokens, mask))
     elif mask is not None:

@@ -166,7 +166,6 @@ def plan_shapes(
             s.steps,
             s.every_position_below,
             s.positions_below,
-            s.slack,
         ): s
         for s in wanted
     }
@@ -214,8 +213,9 @@ def _far_beyond(
         Shape("decode of a batch, windows on", 3, 1, pasts=(far, far, far)),
         Shape("chunk, windows on", 1, 4, pasts=(far,)),
     ]
-    if far >= window + 9:
-        shapes.append(Shape("chunk longer than the window", 1, window + 9, pasts=(far - window,)))
+    before = min(far, longest - window - 9)
+    if before > 0:
+        shapes.append(Shape("chunk longer than the window", 1, window + 9, pasts=(before,)))
     of_rows = min(far, together - 6)
     rows = [Shape("decode, rows windows apart", 3, 1, pasts=(of_rows, window - 1, of_rows // 2))]
     if by_rows:
@@ -249,11 +249,13 @@ def _in_calls_of_windows(window: int, length: int, longest: int, *, with_rows: b
         for step in itertools.cycle([*tokens, *chunks] if with_rows else tokens):
             if not steps:
                 step = chunks[0]
-            if max(n + s for n, s in zip(used, step, strict=True)) > length:
+            columns = sum(max(each) for each in (*steps, step))
+            most = max(n + s for n, s in zip(used, step, strict=True))
+            if most > length or columns > longest:
                 break
             used = [n + s for n, s in zip(used, step, strict=True)]
             steps.append(step)
-        if steps and sum(max(step) for step in steps) <= longest:
+        if steps:
             shapes.append(Shape(name, count, length, steps=tuple(steps)))
     return shapes
 

@@ -21,11 +21,11 @@ from rope_export.runtime.decoder_steps import (
     check_capturable,
     uncaptured,
 )
-from rope_export.runtime.session import Session, on_device, to_ort
+from rope_export.runtime.session import Session, from_ort, on_device, to_ort
 from rope_export.runtime.windows import check_rewind, window_slots
 
 Array = npt.NDArray[Any]
-State = tuple[Array, Array, list[Any]]
+State = tuple[Array, Array, list[Any], dict[int, Array]]
 
 
 class Decoder:
@@ -149,23 +149,39 @@ class Decoder:
         """What the keys and values of all rows and layers take now."""
         return sum(math.prod(value.shape()) * self._cache_dtype.itemsize for value in self._buffers)
 
-    def state(self) -> State:
-        """The tokens added so far, to go back to with `restore`."""
-        return self._lengths.copy(), self._mask, self._buffers
+    def state(self, *, windows: bool = False) -> State:
+        """The tokens added so far, to go back to with `restore`.
+
+        With ``windows`` it has copies of what layers with a window of their own hold, and can be
+        gone back to after any number of tokens.
+        """
+        copies = {}
+        if windows and self.layout.packs_rows:
+            kept = [slots for slots in self._slots for _ in KINDS]
+            copies = {
+                index: from_ort(value).copy()
+                for index, (value, slots) in enumerate(zip(self._buffers, kept, strict=True))
+                if slots
+            }
+        return self._lengths.copy(), self._mask, self._buffers, copies
 
     def restore(self, state: State) -> None:
         """Forget the tokens added since a `state`: drafts that were refused, other branches.
 
         With one buffer for past and present, only states from which no other tokens were added in
         between can be gone back to: later tokens take the place of earlier ones. Where layers keep
-        a window only, those tokens must not have pushed out earlier ones either.
+        a window only, those tokens must not have pushed out earlier ones either, unless the state
+        has copies of them.
 
         Raises:
             BadInputError: they have; the message says how many tokens can be taken back.
         """
-        if self.layout.packs_rows:
-            check_rewind(self.layout, self._slots, self._lengths, state[0])
-        lengths, self._mask, self._buffers = state
+        lengths, mask, buffers, copies = state
+        if self.layout.packs_rows and not copies:
+            check_rewind(self.layout, self._slots, self._lengths, lengths)
+        for index, array in copies.items():
+            buffers[index].update_inplace(to_ort(array))
+        self._mask, self._buffers = mask, buffers
         self._lengths = lengths.copy()
 
     def reset(self) -> None:

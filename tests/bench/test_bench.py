@@ -17,8 +17,10 @@ import torch
 from rope_export import BadInputError, bench, export, runtime
 from rope_export.attention.random_block import random_block
 from rope_export.attention.visibility import visible_keys
-from rope_export.bench import peers, plot, work
+from rope_export.bench import block as bench_block
+from rope_export.bench import peers, plot, steps, work
 from rope_export.bench.results import Measurement, Results, shown
+from rope_export.bench.turns import Job
 
 LENGTHS = (33,)
 
@@ -160,6 +162,28 @@ def test_a_state_is_gone_back_to(artifacts):
 
 
 @pytest.mark.slow
+def test_a_cache_of_the_window_is_timed_at_one_place(tmp_path):
+    """A token that was pushed out is put back before the next step, which gives the same."""
+    block = mutants.block(window=5)
+    export(block, tmp_path / "ort-window-cache-cache", cache="window")
+    length = mutants.LONGEST
+    bench_block._store(block, tmp_path, 2, length, 0)
+    answers = {}
+    for phase in ("prefill", "decode"):
+        step = steps.STEPS["ort-window-cache"](
+            Job("ort-window-cache", phase, length, "cpu", str(tmp_path))
+        )
+        for _ in range(3):
+            if step.before is not None:
+                step.before()
+            answers[phase] = step.answer(step.run())[:, -1]
+            np.testing.assert_allclose(answers[phase], answers["prefill"], rtol=0, atol=1e-5)
+    x = np.load(tmp_path / steps.TOKENS)
+    with torch.no_grad():
+        whole = block(torch.from_numpy(x))[:, -1]
+    np.testing.assert_allclose(answers["decode"], whole, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 def test_peers_compute_the_same_block(layout):
     """Each has a pairing of its own: weights are put in its order."""

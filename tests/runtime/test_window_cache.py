@@ -221,6 +221,24 @@ def test_tokens_are_taken_back_as_far_as_they_lie_there(served, slots):
     assert refused
 
 
+def test_a_state_with_copies_is_gone_back_to_from_anywhere(served):
+    block, folder = served()
+    given = drawn(block, 2, LONGEST).numpy()
+    with torch.no_grad():
+        whole = block(torch.from_numpy(given)).numpy()
+    decoder = Decoder.open(folder, batch=2)
+    decoder.prefill(given[:, :30])
+    addresses = [v.data_ptr() for v in decoder._buffers]
+    state = decoder.state(windows=True)
+    for _ in range(2):
+        decoder.prefill(given[:, 40:60])
+        decoder.restore(state)
+        assert [v.data_ptr() for v in decoder._buffers] == addresses
+        for place in (30, 31):
+            answer = decoder.decode(given[:, place : place + 1])[:, 0]
+            np.testing.assert_allclose(answer, whole[:, place], rtol=0, atol=2e-5)
+
+
 def test_a_new_present_can_always_be_gone_back_from(served):
     """Where every call returns new tensors, the ones before are still what they were."""
     block, folder = served("onnx", "left")
