@@ -76,7 +76,7 @@ def refuse_unscalable(block: Attention, dtype: str) -> None:
     Raises:
         BadInputError: the message says why.
     """
-    if dtype not in BITS:
+    if not isinstance(dtype, str) or dtype not in BITS:
         raise BadInputError(f"cache_dtype must be one of {', '.join(BITS)}, got {dtype!r}")
     if block.rope is not None and block.rope.xpos is not None:
         raise BadInputError(

@@ -273,6 +273,7 @@ def test_calibration_that_does_not_fit_is_refused(given, said):
     ("made", "dtype", "said"),
     [
         ({}, "int2", "cache_dtype must be one of int8, int4, got 'int2'"),
+        ({}, [8], r"cache_dtype must be one of int8, int4, got \[8\]"),
         ({"head_dim": 7, "rotary_dim": 4}, "int4", "head_dim must be even .* got 7"),
         ({"value_head_dim": 9}, "int4", "value_head_dim must be even .* got 9"),
     ],
