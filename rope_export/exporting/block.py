@@ -22,7 +22,7 @@ from rope_export.exporting.request import DEFAULT_LONGEST, Entry, checked_provid
 from rope_export.exporting.signature import Axes, Signature
 from rope_export.exporting.tracing import check_ranges
 from rope_export.inspection import since
-from rope_export.lowering import rules
+from rope_export.lowering import situation
 from rope_export.lowering.choice import Choice, choose
 from rope_export.lowering.target import Target
 from rope_export.runtime.trial import OUTPUT, PRESENTS
@@ -212,9 +212,9 @@ class BlockRequest:
 
     # Which operators.
 
-    def situations(self, providers: Sequence[str]) -> list[rules.Situation]:
+    def situations(self, providers: Sequence[str]) -> list[situation.Situation]:
         """Describe the block to the rules, once for each of ``providers``."""
-        return rules.situations(
+        return situation.situations(
             self.block,
             providers,
             dtype=self.dtype,

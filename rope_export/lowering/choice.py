@@ -6,15 +6,8 @@ from dataclasses import dataclass, replace
 
 from rope_export.errors import BadInputError
 from rope_export.lowering import rules
-from rope_export.lowering.rules import (
-    BLOCKS_TO_WIN,
-    FORMS,
-    PLAIN,
-    Form,
-    Situation,
-    broken_limits,
-    oldest_onnxruntime,
-)
+from rope_export.lowering.rules import FORMS, Form, broken_limits, oldest_onnxruntime
+from rope_export.lowering.situation import BLOCKS_TO_WIN, PLAIN, Situation
 
 
 @dataclass(frozen=True)

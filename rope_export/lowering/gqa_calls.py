@@ -24,7 +24,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from rope_export.lowering import ops
-from rope_export.lowering.rules import BLOCKS_TO_WIN
+from rope_export.lowering.situation import BLOCKS_TO_WIN
 from rope_export.lowering.subgraphs import Condition, Emit, Subgraphs
 
 # Inputs of GroupQueryAttention.

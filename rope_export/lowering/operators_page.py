@@ -15,6 +15,7 @@ from rope_export.lowering import rules
 from rope_export.lowering.choice import Choice, choose
 from rope_export.lowering.kernels import DIFFERENCES
 from rope_export.lowering.rules import Form
+from rope_export.lowering.situation import PLAIN
 
 _FEATURES: dict[str, dict[str, object]] = {
     "causal, grouped heads": {},
@@ -121,7 +122,7 @@ def _cell(
     reasons: dict[str, int],
 ) -> str:
     provider, dtype = column
-    situation = replace(rules.PLAIN, **feature, provider=provider, dtype=dtype)  # type: ignore[arg-type]
+    situation = replace(PLAIN, **feature, provider=provider, dtype=dtype)  # type: ignore[arg-type]
     try:
         choice = choose(target, [situation])
     except BadInputError:
@@ -144,7 +145,7 @@ def _in_an_older_one() -> list[str]:
         for target, (name, feature), (provider, dtype) in itertools.product(
             TARGETS, _FEATURES.items(), _COLUMNS
         ):
-            plain = replace(rules.PLAIN, **feature, provider=provider, dtype=dtype)  # type: ignore[arg-type]
+            plain = replace(PLAIN, **feature, provider=provider, dtype=dtype)  # type: ignore[arg-type]
             if rules.broken_limits(rules.FORMS[target][-1], [plain]):
                 continue  # not possible, in whatever version
             later, earlier = (
@@ -167,8 +168,8 @@ def _in_an_older_one() -> list[str]:
 def _form(form: Form) -> str:
     rotation = "inside" if form.rotation is None else f"`{form.rotation.removeprefix('::')}`"
     memory = "on cpu: all pairs of tokens"
-    if not form.score_copies(rules.PLAIN):
-        capped = replace(rules.PLAIN, softcap=True)
+    if not form.score_copies(PLAIN):
+        capped = replace(PLAIN, softcap=True)
         memory = "on cpu: none"
         if form.score_copies(capped):
             memory += " in float32 without soft cap and sinks, else all pairs of tokens"
@@ -177,7 +178,7 @@ def _form(form: Form) -> str:
 
 
 def _branches() -> list[str]:
-    cached = replace(rules.PLAIN, cache=True, mask=True, window=512)
+    cached = replace(PLAIN, cache=True, mask=True, window=512)
     on_cuda = replace(cached, provider="cuda", dtype="float16")
     by_window = [replace(each, window_cache=True, slots=512) for each in (cached, on_cuda)]
     choices: list[Choice] = [choose("ort", [each]) for each in (cached, on_cuda, *by_window)]

@@ -26,6 +26,7 @@ from rope_export.lowering import (
     primitive,
     rules,
     scaled_dot_product,
+    situation,
     translations,
 )
 from rope_export.lowering.choice import Choice, choose
@@ -101,7 +102,7 @@ class Target:
             size = tokens.past[0].shape[2]
             slots = size if isinstance(size, int) else 0
         describe = partial(
-            rules.situations,
+            situation.situations,
             attention,
             dtype=dtype,
             implied_positions=implied,

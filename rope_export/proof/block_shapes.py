@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from rope_export.attention.block import Attention
 from rope_export.exporting.block import TRACED_LENGTH
-from rope_export.lowering.rules import BLOCKS_TO_WIN, SMALLEST_BLOCK
+from rope_export.lowering.situation import BLOCKS_TO_WIN, SMALLEST_BLOCK
 from rope_export.proof.limits import STORED_BYTES, TRUTH_FLOPS
 from rope_export.proof.reference import truth_flops
 from rope_export.rope.angles import FINE_ROWS

@@ -11,9 +11,9 @@ import pytest
 from rope_export.artifacts.targets import OPSETS, TARGETS
 from rope_export.attention.block import Attention
 from rope_export.errors import BadInputError
-from rope_export.lowering import rules
 from rope_export.lowering.choice import choose
-from rope_export.lowering.rules import FORMS, Form, Situation, broken_limits
+from rope_export.lowering.rules import FORMS, Form, broken_limits
+from rope_export.lowering.situation import Situation, situations
 from rope_export.rope.embedding import RotaryEmbedding
 
 # Where onnxruntime's best form is legal on both providers.
@@ -714,7 +714,7 @@ def test_form_names_are_unique_and_every_target_has_its_opset():
 @pytest.mark.parametrize("implied", [True, False])
 def test_a_block_is_described_once_for_each_provider(rope, rotary_dim, tabled, causal, implied):
     block = Attention(12, 2, num_kv_heads=1, head_dim=5, rope=rope, causal=causal)
-    described = rules.situations(
+    described = situations(
         block, ("cuda", "cpu"), dtype="float16", implied_positions=implied, longest=64
     )
     assert described == [
@@ -753,6 +753,6 @@ def test_a_block_is_described_once_for_each_provider(rope, rotary_dim, tabled, c
 )
 def test_variants_are_described(variant, asked, described):
     usual = {"dtype": "float32", "implied_positions": True, "longest": 64}
-    (plain,) = rules.situations(Attention(12, 2), ["cpu"], **usual)
-    (got,) = rules.situations(Attention(12, 2, **variant), ["cpu"], **usual, **asked)
+    (plain,) = situations(Attention(12, 2), ["cpu"], **usual)
+    (got,) = situations(Attention(12, 2, **variant), ["cpu"], **usual, **asked)
     assert got == replace(plain, **described)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, DynamicCache
 
 from rope_export import Attention, ExportResult, RotaryEmbedding, export
-from rope_export.lowering import rules
+from rope_export.lowering import situation
 
 pytestmark = [
     # torch's exporter copies its own deprecated LeafSpec.
@@ -316,11 +316,11 @@ def test_graphs_with_a_cache_are_theirs(target, side, name, tmp_path):
 
 def test_prompts_computed_in_blocks_of_the_window_are_theirs(tmp_path, monkeypatch):
     # Blocks of 128 would need far positions, where the float32 angles of theirs show.
-    monkeypatch.setattr(rules, "SMALLEST_BLOCK", WINDOW)
+    monkeypatch.setattr(situation, "SMALLEST_BLOCK", WINDOW)
     block = ours_of("gpt-oss")
     result = export(block, tmp_path / "block", target="ort", cache=True, padding="left")
     assert f"blocks of {WINDOW}" in result.graph["branches"][-1]
-    session, longest_whole = opened(result), rules.BLOCKS_TO_WIN * WINDOW
+    session, longest_whole = opened(result), situation.BLOCKS_TO_WIN * WINDOW
     for length in range(longest_whole, longest_whole + WINDOW + 2):
         x, mask = tokens(2, length + 2), torch.ones(2, length + 2, dtype=torch.int64)
         mask[1, : length // 3] = 0
