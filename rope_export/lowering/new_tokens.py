@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rope_export.attention.tokens import Tokens
@@ -13,6 +14,29 @@ from rope_export.lowering import ops
 def last(tokens: Tokens, columns: Tensor) -> Tensor:
     """Columns of the new tokens: ``[B, T]`` to ``[B, S]``."""
     return ops.last_columns(columns, tokens.hidden_states.shape[1])
+
+
+def count(mask: Tensor) -> Tensor:
+    """Ones in each row of ``[B, T]``, int64 ``[B, 1]``.
+
+    Summed in float32, which is exact up to 2^24 tokens: a mask is as wide as the sequence is long,
+    and of integers onnxruntime's sum takes five times as long.
+    """
+    return mask.float().sum(-1, keepdim=True).to(torch.int64)
+
+
+def places(tokens: Tokens) -> Tensor:
+    """Places of the new tokens in their rows, as `token_order` has them, int64 ``[B, S]``.
+
+    Earlier tokens are counted once for each row: a running sum over all of them would take longer
+    than the rest of a decoding step.
+    """
+    assert tokens.attention_mask is not None
+    if tokens.past is None:
+        return token_order(tokens.attention_mask)
+    new = last(tokens, tokens.attention_mask.to(torch.int64))
+    earlier = count(tokens.attention_mask) - new.sum(-1, keepdim=True)
+    return (earlier + new.cumsum(-1) - 1).clamp(min=0)
 
 
 def window_call(tokens: Tokens, window: int) -> WindowCall:

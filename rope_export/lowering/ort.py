@@ -34,7 +34,7 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
     if choice.window_cache and mask is not None and tokens.past is not None:
         counts = (new_tokens.last(tokens, mask) != 0).to(torch.int64).sum(-1)
         if not choice.one_length:  # else padding counts as tokens, and is no number
-            total_tokens = mask.sum(-1)
+            total_tokens = new_tokens.count(mask).squeeze(-1)
     if choice.one_length and mask is not None:
         hidden_states = packing.refuse_padding(hidden_states, new_tokens.last(tokens, mask))
     elif mask is not None:
@@ -72,7 +72,8 @@ def _gqa(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Cach
     elif tokens.past is not None and mask is not None:
         new = new_tokens.last(tokens, mask)
         # The length counted where the mask is: from the host it would be a copy to the device.
-        last_index = (mask.sum(-1) + (new == 0).sum(-1) - 1).to(torch.int32)
+        counted = new_tokens.count(mask).squeeze(-1)
+        last_index = (counted + (new == 0).sum(-1) - 1).to(torch.int32)
     layout: Layout = "half" if block.rope is None else block.rope.layout
     context, key, value = ops.group_query_attention(
         q,

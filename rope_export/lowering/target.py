@@ -14,7 +14,6 @@ from torch import Tensor
 from rope_export.artifacts.targets import PROVIDERS
 from rope_export.attention.block import Attention, Cache
 from rope_export.attention.tokens import Tokens
-from rope_export.attention.visibility import token_order
 from rope_export.attention.window_cache import check_capacity
 from rope_export.errors import BadInputError
 from rope_export.inspection import since
@@ -137,8 +136,7 @@ class Target:
         # The fused operator counts positions itself.
         if tokens.position_ids is None and attention.rope is not None and choice.form.rotation:
             if tokens.attention_mask is not None:
-                places = new_tokens.last(tokens, token_order(tokens.attention_mask))
-                tokens = replace(tokens, position_ids=places + offset)
+                tokens = replace(tokens, position_ids=new_tokens.places(tokens) + offset)
             elif shifted:
                 length = tokens.hidden_states.shape[1]
                 ids = attention.rope.implied_positions(length, offset)

@@ -284,10 +284,17 @@ def positions_begin_anew(model: onnx.ModelProto) -> None:
 
 def mask_of_columns(model: onnx.ModelProto) -> None:
     """A token's place is its column, padding counted, in order and positions."""
-    (count,) = nodes_of(model, "CumSum")
+    counting = [
+        node
+        for kind in ("CumSum", "Slice", "Cast")
+        for node in nodes_of(model, kind)
+        if node.input[0] == "attention_mask"
+    ]
+    assert {"CumSum", "Cast"} <= {node.op_type for node in counting}  # in order, and positions
     ones = numpy_helper.from_array(np.array([1], dtype=np.int64))
-    place = list(model.graph.node).index(count)
-    count.input[0] = "defect.ones"
+    place = min(list(model.graph.node).index(node) for node in counting)
+    for node in counting:
+        node.input[0] = "defect.ones"
     for node in (
         helper.make_node("ConstantOfShape", ["defect.size"], ["defect.ones"], value=ones),
         helper.make_node("Shape", ["attention_mask"], ["defect.size"]),
