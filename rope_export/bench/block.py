@@ -89,7 +89,8 @@ def measure(
     if block.window_cache:  # for PyTorch it is the same block, and targets are told
         block = copy.copy(block)
         block.window_cache = False
-    own = [*OURS, *(n.removesuffix("-cache") for n in given if not _holds_integers(given[n]))]
+    held = {n.removesuffix("-cache"): not _holds_integers(folder) for n, folder in given.items()}
+    own = [n for n in (*OURS, *held) if held.get(n, True)]
     others = [name.removesuffix("-cache") for name in given]
     known = dict.fromkeys((*CONTENDERS, BY_WINDOW, *INTEGERS, *peers.NAMES, *others))
     _check(block, lengths, phases, tuple(known), contenders)

@@ -228,7 +228,8 @@ def test_blocks_with_integers_in_their_caches_race_by_their_graphs(tmp_path):
     report = export(block, tmp_path / "x", target="auto", cache=True, cache_dtype="int8").report
     assert report.passed
     timed = [runner for runner in report.graph["race"] if runner["out"] is None]
-    assert {"ort", "onnx", "primitive"} == {runner["target"] for runner in timed}
+    # Of target onnx there is nothing that ort has not.
+    assert {runner["target"] for runner in timed} == {"ort", "primitive"}
 
 
 @pytest.mark.parametrize(

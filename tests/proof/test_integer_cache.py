@@ -204,7 +204,16 @@ VARIANTS: dict[str, tuple[dict[str, object], dict[str, object]]] = {
         },
         {},
     ),
-    "dynamic": ({"scaling": {"rope_type": "dynamic", "factor": 2.0}, "max_seq_len": 24}, {}),
+    "dynamic": (
+        {
+            "scaling": {
+                "rope_type": "dynamic",
+                "factor": 2.0,
+                "original_max_position_embeddings": 12,
+            }
+        },
+        {},
+    ),
     "partial": ({"rotary_dim": 4, "head_dim": 8}, {}),
     "wide values": ({"value_head_dim": 24}, {}),
     "width of twelve": ({"head_dim": 12}, {}),
