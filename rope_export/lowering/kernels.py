@@ -57,8 +57,9 @@ DIFFERENCES = (
         "kernel of Attention",
         "all scores in memory",
         "flash in half precision, memory-efficient in float32 with as many key as query heads; all "
-        "scores for grouped float32 heads, for widths that are no multiple of 8, and with a mask "
-        "unless the number of keys is a multiple of 4",
+        "scores for grouped float32 heads, for widths that are no multiple of 8, for "
+        "half-precision values of another width than keys, and with a mask unless the number of "
+        "keys is a multiple of 4",
         "grouped float32 heads are repeated where there is neither cache, mask nor window",
         "host",
     ),

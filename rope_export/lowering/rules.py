@@ -335,8 +335,10 @@ def _attention_copies(s: Situation) -> float:
     if s.provider == "cpu":
         return 2.5
     # CUDA: flash for half precision, memory-efficient for float32. With a mask neither, unless
-    # there are a multiple of four keys; nor for odd widths.
+    # there are a multiple of four keys; nor for odd widths, nor in half precision for values of
+    # another width than keys.
     fused = s.head_dim % 8 == 0 and s.value_head_dim % 8 == 0 and not _attention_is_masked(s)
+    fused = fused and (s.dtype == "float32" or s.value_head_dim == s.head_dim)
     return 0.0 if fused else 2.5
 
 
