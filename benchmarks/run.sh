@@ -40,10 +40,10 @@ mkdir -p "$out"
 
 if [ -n "${QUICK:-}" ]; then
   shape=(--hidden 64 --heads 4 --kv-heads 2 --rounds 2)
-  wide=("${shape[@]}") lengths=16,64 long=96 window=16 rotation=1,4,64,32 rounds=2
+  wide=("${shape[@]}") lengths=16,64 long=96 window=16 windows=32,96 rotation=1,4,64,32 rounds=2
 else
   shape=(--kv-heads 8) wide=(--hidden 2048 --heads 32 --kv-heads 8 --rounds 60)
-  lengths=128,512,1024,2048,4096 long=16384 window=512 rotation=1,32,4096,128 rounds=15
+  lengths=128,512,1024,2048,4096 long=16384 window=512 windows=1024,16384 rotation=1,32,4096,128 rounds=15
 fi
 
 bench() { # NAME OPTION...
@@ -57,6 +57,10 @@ bench prefill "${shape[@]}" --seq "$lengths" --phase prefill --peers
 bench decode "${wide[@]}" --seq "${lengths##*,}" --phase decode --peers
 bench long "${shape[@]}" --seq $long --phase prefill --only eager,compile,ort --rounds 2
 bench window "${shape[@]}" --seq $long --window $window --phase prefill --only eager,ort --rounds 2
+bench window-decode --hidden 256 --heads 32 --kv-heads 8 --head-dim 64 --window $window \
+  --seq "$windows" --phase decode --only eager,ort,ort-window-cache
+bench integers-decode "${shape[@]}" --seq "${lengths##*,}" --phase decode \
+  --only eager,ort,ort-int8-cache,ort-int4-cache
 contenders=rotate_pairs,module,round_last,complex,transformers,rotary-embedding-torch
 for strides in contiguous transposed; do
   python "$here/rotation.py" --device "$provider" --shape $rotation --rounds $rounds \
