@@ -46,7 +46,8 @@ DIFFERENCES = (
     ),
     Difference(
         "kernel of GroupQueryAttention",
-        "flash, linear in the length",
+        "flash, linear in the length, in causal order and float32 without soft cap and sinks; else "
+        "one float32 copy of the scores, in half precision two",
         "flash for heads of 8 to 256 (a multiple of 8), memory-efficient up to 512; XQA for one "
         "token after a past in one buffer, heads of 64, 128 or 256; cuDNN's for prompts on "
         "Hopper where cuDNN 9.3 is",
@@ -104,7 +105,7 @@ DIFFERENCES = (
         "`sliding_window_cache`",
         "any capacity from the window on; past and present may be two buffers",
         "the capacity is the window, and past and present are one buffer",
-        "",
+        "so are those of a graph for CUDA, and of its Decoder",
         "host",
     ),
     Difference(
