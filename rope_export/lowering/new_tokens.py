@@ -10,6 +10,8 @@ from rope_export.attention.visibility import token_order, visible_keys
 from rope_export.attention.window_cache import WindowCall
 from rope_export.lowering import ops
 
+MOST = 2**24
+
 
 def last(tokens: Tokens, columns: Tensor) -> Tensor:
     """Columns of the new tokens: ``[B, T]`` to ``[B, S]``."""
@@ -19,8 +21,8 @@ def last(tokens: Tokens, columns: Tensor) -> Tensor:
 def count(mask: Tensor) -> Tensor:
     """Ones in each row of ``[B, T]``, int64 ``[B, 1]``.
 
-    Summed in float32, which is exact up to 2^24 tokens: a mask is as wide as the sequence is long,
-    and of integers onnxruntime's sum takes five times as long.
+    Summed in float32, which is exact up to `MOST` tokens: a mask is as wide as the sequence, and of
+    integers onnxruntime's sum takes five times as long.
     """
     return mask.float().sum(-1, keepdim=True).to(torch.int64)
 

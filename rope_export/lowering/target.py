@@ -92,6 +92,10 @@ class Target:
         """
         if tokens.past is not None and tokens.attention_mask is None:
             raise BadInputError("attention_mask must be given to a graph with a past, got None")
+        if tokens.past is not None and self.longest > new_tokens.MOST:
+            raise BadInputError(
+                f"max_seq_len must be at most {new_tokens.MOST} with a past, got {self.longest}"
+            )
         offset = tokens.offset
         shifted = isinstance(offset, Tensor) or offset != 0
         implied = tokens.position_ids is None and not shifted
