@@ -41,13 +41,16 @@ def tokens_for(block: Attention, batch: int, length: int) -> Tensor:
     return draw(np.random.default_rng(0), block, batch, length, 1.0).to(block.device)
 
 
+def asked(
+    block: Attention, providers: Sequence[str], *, target: str = "ort", **options: Any
+) -> BlockRequest:
+    """What is exported, with the options of `rope_export.export` for blocks."""
+    plain = {"max_seq_len": None, "position_ids": False, "static": False, "batch": 1, "seed": 0}
+    return BlockRequest.checked(block, target=target, providers=providers, **plain | options)
+
+
 def graph(
-    block: Attention,
-    folder: str | Path,
-    providers: Sequence[str],
-    *,
-    target: str = "ort",
-    **options: Any,
+    block: Attention, folder: str | Path, providers: Sequence[str], **options: Any
 ) -> tuple[Path, CacheLayout | None]:
     """The graph of a block alone: test vectors of long sequences take longer than a visit.
 
@@ -55,12 +58,9 @@ def graph(
         block: the block.
         folder: where the graph goes.
         providers: it is made for.
-        target: its operators.
-        options: of `rope_export.export`, for blocks.
+        options: as of `asked`.
     """
-    plain = {"max_seq_len": None, "position_ids": False, "static": False, "batch": 1, "seed": 0}
-    request = BlockRequest.checked(block, target=target, providers=providers, **plain | options)
-    subject = Subject(request)
+    subject = Subject(asked(block, providers, **options))
     save(subject.graph(), Path(folder))
     return Path(folder) / MODEL, subject.interface.layout
 

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from decoders import replaced
 from onnx import TensorProto, helper
 from providers import VARIANTS
-from visit.graphs import graph
+from visit.graphs import asked, graph
 from visit.proofs import TELLING, others
 
 from rope_export import Attention, export
 from rope_export.artifacts.artifact import Artifact
 from rope_export.artifacts.cache_layout import CacheLayout
 from rope_export.attention.random_block import random_block
-from rope_export.exporting.block import BlockRequest
 from rope_export.lowering import rules
+from rope_export.lowering.choice import Choice
 from rope_export.models.decoder_with_cache import DecoderWithCache
 from rope_export.runtime import cudnn
 
@@ -72,16 +72,15 @@ def assert_served(
     return found
 
 
-def request_for(target: str, dtype: str, variant: str) -> BlockRequest:
+def choice_of(target: str, dtype: str, variant: str) -> Choice:
     block, options = block_of(dtype, variant)
-    plain = {"max_seq_len": None, "position_ids": False, "static": False, "batch": 1, "seed": 0}
-    return BlockRequest.checked(block, target=target, providers=["cuda"], **plain | options)
+    return asked(block, ["cuda"], target=target, **options).choose()
 
 
 def assert_case_served(folder: Path, cuda: Any, target: str, dtype: str, variant: str) -> None:
     block, options = block_of(dtype, variant)
     found = assert_served(cuda, *graph(block, folder, ["cuda"], target=target, **options))
-    choice = request_for(target, dtype, variant).choose()
+    choice = choice_of(target, dtype, variant)
     assert bool(found["kernels"]) == choice.form.attention.endswith("Attention")
     if not choice.score_copies["cuda"]:  # no kernel that holds the scores of all pairs
         assert "MATH" not in found["kernels"]
@@ -107,7 +106,7 @@ def test_so_is_every_other(tmp_path, cuda, target, dtype, variant):
 
 
 def test_every_form_is_among_them():
-    taken = {(case[0], request_for(*case).choose().form.name) for case in QUICK}
+    taken = {(case[0], choice_of(*case).form.name) for case in QUICK}
     forms = {(target, form.name) for target, forms in rules.FORMS.items() for form in forms}
     # On CUDA, Attention needs no other dtype than its inputs'; MultiHeadAttention is for graphs
     # that run on the CPU too.
