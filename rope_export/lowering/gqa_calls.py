@@ -17,7 +17,6 @@ Everything else is the one call; it and the single token's are on the caller's o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -179,7 +178,7 @@ class GroupQueryCalls(Subgraphs):
             results = self._call(inner, [*rows, total, *self.inputs[_TOTAL + 1 :]])
             return [inner.op("Squeeze", [result, axis]) for result in results[:count]]
 
-        return self._scan(tape, stacked, row, count)
+        return self._for_each(tape, stacked, row, count)
 
     def _padded_rows(self, tape: Tape) -> Sequence[ir.Value]:
         """One call a row, of its tokens alone: in a window padding would push out others."""
@@ -210,9 +209,9 @@ class GroupQueryCalls(Subgraphs):
             return [inner.op("Pad", [context, pads]), *kept]
 
         stacked = [*self.inputs[: _LAST_INDEX + 1], self.counts]
-        return self._scan(tape, stacked, row, len(self.outputs))
+        return self._for_each(tape, stacked, row, len(self.outputs))
 
-    def _scan(
+    def _for_each(
         self,
         tape: Tape,
         stacked: Sequence[ir.Value | None],
@@ -220,32 +219,19 @@ class GroupQueryCalls(Subgraphs):
         count: int,
     ) -> Sequence[ir.Value]:
         """``row`` of each entry of the first axis of ``stacked``, which gives ``count`` values."""
-        given = [value for value in stacked if value is not None]
         # Of past and present; all before is as the queries are, and counts come last.
         kept = self.node.outputs[1].type
         kinds = [*[self.q.type] * _PAST_KEY, kept, kept]
         kinds += [ir.TensorType(kind) for kind in (ir.DataType.INT32, ir.DataType.INT64)]
-        entries = [
-            ir.Value(name=f"entry_{i}", type=kind)
-            for i, kind in enumerate(
-                kind for kind, value in zip(kinds, stacked, strict=False) if value is not None
-            )
-        ]
+        pairs = zip(stacked, kinds, strict=False)
+        given = [(value, kind) for value, kind in pairs if value is not None]
 
-        def body(inner: Tape) -> Sequence[ir.Value]:
+        def body(inner: Tape, entries: Sequence[ir.Value]) -> Sequence[ir.Value]:
             of_row = iter(entries)
-            given_row = [None if value is None else next(of_row) for value in stacked]
-            of_entry = row(inner, given_row)
-            # [S, width] and [heads, T, head_dim]: onnxruntime 1.24 wants to know of a Scan.
-            for value, rank in zip(of_entry, (2, 3, 3), strict=False):
-                value.shape = ir.Shape([None] * rank)
-            return of_entry
+            return row(inner, [None if value is None else next(of_row) for value in stacked])
 
-        attributes: dict[str, Any] = {
-            "body": self._subgraph("scan", body, entries),
-            "num_scan_inputs": len(given),
-        }
-        return tape.op_multi_out("Scan", given, attributes, num_outputs=count)
+        # [S, width] and [heads, T, head_dim].
+        return self._scan(tape, "entry", given, body, (2, 3, 3)[:count])
 
     def _blocks(self, tape: Tape) -> Sequence[ir.Value]:
         size, width, head_dim, kv_heads = self.block, self.width, self.head_dim, self.kv_heads

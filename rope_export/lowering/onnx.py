@@ -129,7 +129,7 @@ def attend(block: Attention, tokens: Tokens, choice: Choice) -> tuple[Tensor, Ca
         past=past,
     )
     if stored is not None:
-        return ops.merged(context), stored
+        return ops.merged_heads(context.transpose(1, 2)), stored
     if call is not None:
         key, value = ops.kept_slots(key, call.source), ops.kept_slots(value, call.source)
     present = None if past is None else (key.to(dtype), value.to(dtype))

@@ -105,8 +105,8 @@ def last_columns(columns: Tensor, count: int) -> Tensor:
 def merged_heads(x: Tensor) -> Tensor:
     """``[B, S, ..., width]`` to ``[B, S, heads * width]``, for an Attention.
 
-    Its shape inference takes a last axis that it does not know for one of no width; this one is
-    known, however the tensor came about.
+    As an operator of its own: the shape inference of an Attention takes a last axis that it does
+    not know for one of no width, and as PyTorch writes it, onnxruntime does not infer it.
     """
     width = math.prod(x.shape[2:])
     like = torch.full((2,), 0, dtype=torch.int64)
@@ -148,23 +148,6 @@ def kept_slots(keys: Tensor, source: Tensor) -> Tensor:
         dtype=keys.dtype,
         shape=(batch, heads, source.shape[1], width),
         version=13,
-    )
-
-
-def merged(x: Tensor) -> Tensor:
-    """Heads ``[B, G, S, D]`` side by side, ``[B, S, G * D]``.
-
-    As an operator of its own: as PyTorch writes it, onnxruntime does not infer the last axis, and
-    takes what attends to it for misshapen.
-    """
-    batch, heads, length, width = x.shape
-    shape = torch.tensor([0, 0, heads * width], dtype=torch.int64)  # 0: as it was
-    return torch.onnx.ops.symbolic(
-        "Reshape",
-        (x.transpose(1, 2), shape),
-        dtype=x.dtype,
-        shape=(batch, length, heads * width),
-        version=14,
     )
 
 

@@ -37,18 +37,6 @@ def pack(tokens: Tokens) -> tuple[Tensor, Tensor | None, Tensor]:
     return ops.gather_rows(tokens.hidden_states, source), position_ids, slots
 
 
-def refuse_padding(hidden_states: Tensor, real: Tensor) -> Tensor:
-    """Make rows with any padding NaN, likewise.
-
-    Args:
-        hidden_states: ``[B, S, width]``.
-        real: 1 for a token and 0 for padding, ``[B, S]``.
-    """
-    padded = (real == 0).to(torch.int64).sum(-1) != 0
-    poison = torch.where(padded, torch.nan, 0.0).to(hidden_states.dtype)
-    return hidden_states + poison[:, None, None]
-
-
 def lengths(attention_mask: Tensor) -> Tensor:
     """Tokens of each row of ``[B, T]``, int64 ``[B]``; of a row without any, one."""
     return (attention_mask != 0).sum(-1).clamp(min=1)
@@ -61,6 +49,14 @@ def refuse_other_padding(hidden_states: Tensor, real: Tensor) -> Tensor:
         hidden_states: ``[B, S, width]``.
         real: 1 for a token and 0 for padding, ``[B, S]``.
     """
-    misplaced = ((real == 0).cumsum(-1) * real).sum(-1) != 0
-    poison = torch.where(misplaced, torch.nan, 0.0).to(hidden_states.dtype)
+    return _poisoned(hidden_states, ((real == 0).cumsum(-1) * real).sum(-1) != 0)
+
+
+def refuse_padding(hidden_states: Tensor, real: Tensor) -> Tensor:
+    """Make rows with any padding NaN, likewise."""
+    return _poisoned(hidden_states, (real == 0).sum(-1) != 0)
+
+
+def _poisoned(hidden_states: Tensor, rows: Tensor) -> Tensor:
+    poison = torch.where(rows, torch.nan, 0.0).to(hidden_states.dtype)
     return hidden_states + poison[:, None, None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ Emit = Callable[[Tape], Sequence[ir.Value]]
 Condition = ir.Value | bool
 
 
-class Subgraphs:
+class Subgraphs(ABC):
     """One operator of the package's own, and what it takes to write others in its place.
 
     Args:
@@ -36,9 +37,9 @@ class Subgraphs:
         self.q = q
         self.outputs = list(node.outputs)
 
+    @abstractmethod
     def emit(self, tape: Tape) -> Sequence[ir.Value]:
         """Write the nodes that stand for the operator, and return its outputs."""
-        raise NotImplementedError
 
     def replace(self) -> None:
         """Put the nodes in the place of the operator."""
@@ -92,20 +93,42 @@ class Subgraphs:
             integers: likewise scanned, int64.
             rank: axes of what ``body`` writes.
         """
-        given = [*stacked, *integers]
         kinds = [self.q.type] * len(stacked) + [ir.TensorType(ir.DataType.INT64)] * len(integers)
-        entries = [ir.Value(name=f"{name}_{i}", type=kind) for i, kind in enumerate(kinds)]
+        given = zip([*stacked, *integers], kinds, strict=True)
+        (made,) = self._scan(tape, name, list(given), lambda *of: [body(*of)], (rank,))
+        return made
+
+    def _scan(
+        self,
+        tape: Tape,
+        name: str,
+        given: Sequence[tuple[ir.Value, ir.TypeProtocol | None]],
+        body: Callable[[Tape, Sequence[ir.Value]], Sequence[ir.Value]],
+        ranks: Sequence[int],
+    ) -> Sequence[ir.Value]:
+        """A ``Scan``.
+
+        Args:
+            tape: where it is written.
+            name: of its body.
+            given: values whose first axis is scanned, each with its type.
+            body: writes what is made of one entry of each.
+            ranks: axes of each value that it writes, which onnxruntime 1.24 wants to know.
+        """
+        entries = [ir.Value(name=f"{name}_{i}", type=kind) for i, (_, kind) in enumerate(given)]
 
         def emit(inner: Tape) -> Sequence[ir.Value]:
             made = body(inner, entries)
-            made.shape = ir.Shape([None] * rank)  # onnxruntime 1.24 wants to know of a Scan
-            return [made]
+            for value, rank in zip(made, ranks, strict=True):
+                value.shape = ir.Shape([None] * rank)
+            return made
 
         attributes: dict[str, Any] = {
             "body": self._subgraph(name, emit, entries),
             "num_scan_inputs": len(given),
         }
-        return tape.op("Scan", given, attributes)
+        values = [value for value, _ in given]
+        return tape.op_multi_out("Scan", values, attributes, num_outputs=len(ranks))
 
     def _slice(
         self,
